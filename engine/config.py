@@ -98,7 +98,11 @@ class PrototypeConfig:
 class SynthesisConfig:
     """Step 2: from prototype and label to an image."""
 
-    solver: str = key("ddim", "update rule of the denoising loop", choices=("ddim",))
+    solver: str = key(
+        "ddim",
+        "update rule of the denoising loop: ddim, or the second-order dpmpp_2m (DPM-Solver++ 2M)",
+        choices=("ddim", "dpmpp_2m"),
+    )
     steps: int = key(25, "solver steps of the whole schedule", low=1, high=1000)
     strength: float = key(0.7, "share of the schedule that is run: 0 keeps the prototype", low=0.01, high=1.0)
     rows: int | str = key(

@@ -27,7 +27,7 @@ from engine.readers.naming import choose_classes
 from engine.real_data import RealData, check_counts, open_data
 from engine.run_record import RunRecord
 from engine.settings import flatten
-from engine.solvers import DDIM
+from engine.solvers import SOLVERS, Solver
 from engine.synthesis import Guidance
 
 _WORTH_COMPILING = 600.0  # seconds of work left for a process; compiling three networks takes minutes
@@ -85,10 +85,11 @@ def make_guidance(config: RunConfig) -> Guidance:
     return Guidance(config.guidance.scale, config.guidance.start, config.guidance.stop)
 
 
-def make_solver(config: RunConfig, backend: Backend, device: str) -> DDIM:
+def make_solver(config: RunConfig, backend: Backend, device: str) -> Solver:
     """Return the update rule with the steps that strength leaves to run."""
     options, from_noise = config.synthesis, not config.prototypes.enabled
-    return DDIM.plan(backend.schedule, options.steps, options.strength, from_noise=from_noise, device=device)
+    solver = SOLVERS[options.solver]
+    return solver.plan(backend.schedule, options.steps, options.strength, from_noise=from_noise, device=device)
 
 
 def make_plan(

@@ -2,15 +2,16 @@
 
 Every row of a batch may stand at another step, so coefficients are looked up by a step index per
 row. A schedule's tables come from the model's own scheduler configuration through diffusers, the
-update rule is ours and equal to diffusers' scheduler to 1e-5 (tested).
+update rules are ours and equal to diffusers' schedulers to 1e-5 (tested).
 
-Notation of DDIM (Song et al. 2021, arXiv 2010.02502): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, a_t the
-cumulative product of the alphas.
+Notation: x_t = signal_t x_0 + sigma_t eps with signal_t^2 + sigma_t^2 = 1; signal_t^2 is the cumulative
+product of the alphas.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,18 @@ class Schedule:
         return schedule
 
     def stock(self) -> Any:
-        """Return diffusers' DDIM scheduler for this configuration (the source of every table)."""
+        """Return diffusers' DDIM scheduler for this configuration: the source of the tables of :class:`DDIM`."""
         from diffusers import DDIMScheduler
 
         return DDIMScheduler.from_config(self.config)
+
+    def stock_dpm(self) -> Any:
+        """Return diffusers' DPM-Solver++(2M) for this configuration: the source of the tables of :class:`DPMSolver`."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        fixed = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+        ends = {"final_sigmas_type": "zero", "euler_at_final": False, "lower_order_final": True}
+        return DPMSolverMultistepScheduler.from_config(self.config, **fixed, **ends)
 
     @property
     def prediction(self) -> str:
@@ -56,42 +65,22 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class DDIM:
-    """DDIM with eta 0: one forward a step, no history.
+class Solver(ABC):
+    """What the update rules share: tables over the S steps that are run, the noisiest first.
 
-    ``timesteps`` (S,) int64 are those that are run, the noisiest first; the tables beside it hold a_t
-    and a_prev of every step. ``from_noise`` marks a start from pure noise instead of a prototype.
+    ``from_noise`` marks a start from pure noise instead of a prototype. An image's state is x and, where
+    ``order`` is 2, the x_0 of its step before, which no rule reads in the first step.
     """
 
-    timesteps: Tensor
-    alpha: Tensor  # (S,) float32
-    alpha_prev: Tensor  # (S,) float32
+    timesteps: Tensor  # (S,) int64
+    signal: Tensor  # (S,) float32
+    sigma: Tensor  # (S,) float32
     prediction: str
     clip: float  # x_0 is clamped to [-clip, clip]; 0 switches that off
     train_timesteps: int
     from_noise: bool
 
-    @classmethod
-    def plan(cls, schedule: Schedule, steps: int, strength: float, *, from_noise: bool, device: str) -> DDIM:
-        """Lay out ``floor(steps x strength)`` steps as diffusers' image-to-image pipelines do."""
-        stock = schedule.stock()
-        if stock.config.thresholding:
-            raise UsageError("generator.path: the scheduler asks for dynamic thresholding, which is not supported")
-        stock.set_timesteps(steps)
-        run = steps if from_noise else min(int(steps * strength), steps)
-        timesteps = stock.timesteps[steps - run :].to(torch.int64).cpu()
-        previous = timesteps - stock.config.num_train_timesteps // steps
-        alphas = stock.alphas_cumprod.to(torch.float32)
-        alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], stock.final_alpha_cumprod)
-        return cls(
-            timesteps=timesteps.to(device),
-            alpha=alphas[timesteps].to(device),
-            alpha_prev=alpha_prev.to(device),
-            prediction=schedule.prediction,
-            clip=float(stock.config.clip_sample_range) if stock.config.clip_sample else 0.0,
-            train_timesteps=int(stock.config.num_train_timesteps),
-            from_noise=from_noise,
-        )
+    order = 1  # 2 where a step reads the x_0 of the one before
 
     @property
     def num_steps(self) -> int:
@@ -102,20 +91,132 @@ class DDIM:
         """Noise a prototype (C, H, W) to the level of the first step (step 2 of the method)."""
         if self.from_noise:
             return noise
-        alpha = self.alpha[0]
-        return alpha.sqrt() * prototype + (1.0 - alpha).sqrt() * noise
+        return self.signal[0] * prototype + self.sigma[0] * noise
 
-    def update(self, x: Tensor, output: Tensor, step: Tensor) -> Tensor:
-        """Advance rows x (N, C, H, W) at step indices ``step`` (N,) by the network's ``output``, all float32."""
-        alpha = self.alpha[step].view(-1, 1, 1, 1)
-        alpha_prev = self.alpha_prev[step].view(-1, 1, 1, 1)
-        signal, sigma = alpha.sqrt(), (1.0 - alpha).sqrt()
+    def _read(self, x: Tensor, output: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the network's output says of x_0, clamped, and of eps."""
+        signal, sigma = _rows(self.signal, step), _rows(self.sigma, step)
         if self.prediction == "epsilon":
             x0, eps = (x - sigma * output) / signal, output
         elif self.prediction == "v_prediction":
             x0, eps = signal * x - sigma * output, signal * output + sigma * x
         else:
             x0, eps = output, (x - signal * output) / sigma
-        if self.clip:
-            x0 = x0.clamp(-self.clip, self.clip)
-        return alpha_prev.sqrt() * x0 + (1.0 - alpha_prev).sqrt() * eps
+        return (x0.clamp(-self.clip, self.clip) if self.clip else x0), eps
+
+    @abstractmethod
+    def update(self, x: Tensor, output: Tensor, step: Tensor, x0_before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Advance rows x (N, C, H, W) at step indices ``step`` (N,) by the network's ``output``, all float32.
+
+        ``x0_before`` (N, C, H, W) is the x_0 of each row's step before; None is enough where ``order`` is 1.
+        Returns x after the step, and the x_0 of this step.
+        """
+
+
+@dataclass(frozen=True)
+class DDIM(Solver):
+    """DDIM with eta 0 (Song et al. 2021, arXiv 2010.02502): one forward a step, no history."""
+
+    signal_next: Tensor  # (S,) float32: of the noise level that a step leads to
+    sigma_next: Tensor
+
+    @classmethod
+    def plan(cls, schedule: Schedule, steps: int, strength: float, *, from_noise: bool, device: str) -> DDIM:
+        """Lay out ``floor(steps x strength)`` steps as diffusers' image-to-image pipelines do."""
+        stock = schedule.stock()
+        stock.set_timesteps(steps)
+        timesteps = _last(stock.timesteps, steps, strength, from_noise)
+        previous = timesteps - stock.config.num_train_timesteps // steps
+        alphas = stock.alphas_cumprod.to(torch.float32)
+        alpha = alphas[timesteps]
+        alpha_next = torch.where(previous >= 0, alphas[previous.clamp(min=0)], stock.final_alpha_cumprod)
+        return cls(
+            **_common(stock, schedule, timesteps, from_noise, device),
+            signal=alpha.sqrt().to(device),
+            sigma=(1.0 - alpha).sqrt().to(device),
+            signal_next=alpha_next.sqrt().to(device),
+            sigma_next=(1.0 - alpha_next).sqrt().to(device),
+        )
+
+    def update(self, x: Tensor, output: Tensor, step: Tensor, x0_before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Solver.update`."""
+        x0, eps = self._read(x, output, step)
+        return _rows(self.signal_next, step) * x0 + _rows(self.sigma_next, step) * eps, x0
+
+
+@dataclass(frozen=True)
+class DPMSolver(Solver):
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095): second order at one forward a step.
+
+    A step is x <- keep x + now x_0 + trend (x_0 - x_0 of the step before). The first step of an image has no
+    history and the last one ends at x_0, so both have trend 0. Where the model's configuration clips x_0
+    (models of pixels), so does this rule; diffusers' scheduler leaves that to its thresholding.
+    """
+
+    keep: Tensor  # (S,) float32
+    now: Tensor
+    trend: Tensor
+    order = 2
+
+    @classmethod
+    def plan(cls, schedule: Schedule, steps: int, strength: float, *, from_noise: bool, device: str) -> DPMSolver:
+        """Lay out ``floor(steps x strength)`` steps as diffusers' image-to-image pipelines do."""
+        stock = schedule.stock_dpm()
+        stock.set_timesteps(steps)
+        timesteps = _last(stock.timesteps, steps, strength, from_noise)
+        if (timesteps.diff() >= 0).any():
+            raise UsageError(
+                f"synthesis.steps: {steps} given; allowed with synthesis.solver=dpmpp_2m: so few that no two of them "
+                f"fall on one of the model's {stock.config.num_train_timesteps} timesteps"
+            )
+        ratio = stock.sigmas.to(torch.float64)[-len(timesteps) - 1 :]  # sigma_t / signal_t, 0 at the end
+        signal = 1.0 / (ratio * ratio + 1.0).sqrt()
+        sigma = ratio * signal
+        h = -torch.log(ratio).diff()  # growth of lambda = log(signal / sigma); infinite in the last step
+        now = signal[1:] * -torch.expm1(-h)
+        trend = torch.zeros_like(now)
+        trend[1:-1] = 0.5 * now[1:-1] * h[1:-1] / h[:-2]
+        tables = {
+            "keep": sigma[1:] / sigma[:-1],
+            "now": now,
+            "trend": trend,
+            "signal": signal[:-1],
+            "sigma": sigma[:-1],
+        }
+        return cls(
+            **_common(stock, schedule, timesteps, from_noise, device),
+            **{name: table.to(device=device, dtype=torch.float32) for name, table in tables.items()},
+        )
+
+    def update(self, x: Tensor, output: Tensor, step: Tensor, x0_before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Solver.update`."""
+        assert x0_before is not None  # order 2
+        x0, _ = self._read(x, output, step)
+        change = torch.where(_rows(self.trend, step) != 0, x0 - x0_before, 0.0)  # what was there before may be anything
+        return _rows(self.keep, step) * x + _rows(self.now, step) * x0 + _rows(self.trend, step) * change, x0
+
+
+SOLVERS: dict[str, type[DDIM] | type[DPMSolver]] = {"ddim": DDIM, "dpmpp_2m": DPMSolver}
+
+
+def _rows(table: Tensor, step: Tensor) -> Tensor:
+    return table[step].view(-1, 1, 1, 1)
+
+
+def _last(timesteps: Tensor, steps: int, strength: float, from_noise: bool) -> Tensor:
+    """Return the timesteps that strength leaves, on the host."""
+    run = steps if from_noise else min(int(steps * strength), steps)
+    return timesteps[steps - run :].to(torch.int64).cpu()
+
+
+def _common(stock: Any, schedule: Schedule, timesteps: Tensor, from_noise: bool, device: str) -> dict[str, Any]:
+    if stock.config.thresholding:
+        raise UsageError("generator.path: the scheduler asks for dynamic thresholding, which is not supported")
+    config = schedule.stock().config
+    return {
+        "timesteps": timesteps.to(device),
+        "prediction": schedule.prediction,
+        "clip": float(config.clip_sample_range) if config.clip_sample else 0.0,
+        "train_timesteps": int(config.num_train_timesteps),
+        "from_noise": from_noise,
+    }

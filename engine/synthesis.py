@@ -1,7 +1,7 @@
 """Step 2 of the method: the denoising loop, a continuous batch of fixed shape.
 
 Refinement makes uneven work, so a loop of pipeline calls would leave the device half empty. Here
-every image in flight has its own place (float32 state, step index, condition), and each engine step
+every image in flight has its own place (float32 state of its solver, step index, condition), and each engine step
 advances one full batch of B rows, whatever mix of classes, slots, attempts and timesteps: the oldest
 images first, new ones as soon as rows are left. A guided image takes two rows, conditional and
 unconditional, and a guided pair always shares one step. Shapes never change; idle rows are padding.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.backends.interface import Backend
 from engine.records import AttemptKey
-from engine.solvers import DDIM
+from engine.solvers import Solver
 from engine.workplan import start_noise
 
 
@@ -54,7 +54,7 @@ class Guidance:
     start: float = 0.0
     stop: float = 1.0
 
-    def rows(self, solver: DDIM) -> np.ndarray:
+    def rows(self, solver: Solver) -> np.ndarray:
         """Return the network rows, 1 or 2, of an image at each solver step (S,)."""
         fraction = solver.timesteps.cpu().numpy() / solver.train_timesteps
         acts = (fraction >= self.start) & (fraction <= self.stop) & (self.scale != 1.0)
@@ -65,7 +65,7 @@ class DenoisingLoop:
     """Denoises submitted jobs; :meth:`step` returns those that became images in latent space."""
 
     def __init__(
-        self, backend: Backend, conditions: Tensor, solver: DDIM, guidance: Guidance, *, rows: int, seed: int
+        self, backend: Backend, conditions: Tensor, solver: Solver, guidance: Guidance, *, rows: int, seed: int
     ) -> None:
         """``conditions`` (classes + 1, ...) are those of the run's classes, the null condition last."""
         device = solver.timesteps.device
@@ -74,6 +74,7 @@ class DenoisingLoop:
         self._conditions = conditions
         self._null = len(self._conditions) - 1
         self._x = torch.zeros((rows, *backend.latent_shape), dtype=torch.float32, device=device)
+        self._x0 = torch.zeros_like(self._x) if solver.order > 1 else None  # of each image's step before
         self._step = np.zeros(rows, np.int64)
         self._class = np.zeros(rows, np.int64)
         self._jobs: list[Job | None] = [None] * rows
@@ -161,7 +162,11 @@ class DenoisingLoop:
         output = self._backend.predict(self._x[place], self._solver.timesteps[step], self._conditions[condition])
         base = output[partner[:n]]
         guided = base + self._scale * (output[:n] - base)
-        self._x[place[:n]] = self._solver.update(self._x[place[:n]], guided, step[:n])
+        place, step = place[:n], step[:n]
+        before = None if self._x0 is None else self._x0[place]
+        self._x[place], x0 = self._solver.update(self._x[place], guided, step, before)
+        if self._x0 is not None:
+            self._x0[place] = x0
         self._step[places] += 1
         return [self._finish(p) for p in places if self._step[p] == self._solver.num_steps]
 

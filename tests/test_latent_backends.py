@@ -12,7 +12,7 @@ from engine.backends import open_backend
 from engine.config import GeneratorConfig, KernelConfig
 from engine.labels import ClassList
 from engine.records import AttemptKey, UsageError
-from engine.solvers import DDIM
+from engine.solvers import SOLVERS
 from engine.synthesis import DenoisingLoop, Guidance, Job
 from engine.workplan import start_noise
 
@@ -52,9 +52,9 @@ def keys(count):
     return [AttemptKey(i % len(CLASSES), i, i % 2) for i in range(count)]
 
 
-def denoise(backend, latents, *, scale, steps, strength, rows=5, from_noise=False, device="cpu"):
+def denoise(backend, latents, *, scale, steps, strength, rows=5, from_noise=False, device="cpu", solver="ddim"):
     """Return the latents (N, C, H, W) that the engine makes of prototypes, packed into too few rows."""
-    solver = DDIM.plan(backend.schedule, steps, strength, from_noise=from_noise, device=device)
+    solver = SOLVERS[solver].plan(backend.schedule, steps, strength, from_noise=from_noise, device=device)
     loop = DenoisingLoop(backend, backend.conditions(CLASSES), solver, Guidance(scale), rows=rows, seed=3)
     for i, key in enumerate(keys(len(latents))):
         loop.submit(Job(i, key, latents[i]))
@@ -76,10 +76,11 @@ def noise(shape, count):
 
 @needs_tokenizer
 @pytest.mark.parametrize("scale", [1.0, 6.0])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(("fixture", "strength"), [("sd_folder", 0.7), ("v_folder", 0.7), ("sd_folder", 1.0)])
-def test_stable_diffusion_agrees_with_the_stock_pipeline(fixture, scale, strength, request, monkeypatch):
-    """StableDiffusionImg2ImgPipeline, started from latents, with DDIM and the same noise."""
-    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+def test_stable_diffusion_agrees_with_the_stock_pipeline(fixture, scale, strength, solver, request, monkeypatch):
+    """StableDiffusionImg2ImgPipeline, started from latents, with the same solver and the same noise."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as stock
 
     folder = request.getfixturevalue(fixture)
@@ -88,7 +89,8 @@ def test_stable_diffusion_agrees_with_the_stock_pipeline(fixture, scale, strengt
     pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(
         folder, local_files_only=True, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
-    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, "clip_sample": False})
+    stock_solver = {"ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}[solver]
+    pipeline.scheduler = stock_solver.from_config({**pipeline.scheduler.config, "clip_sample": False})
     pipeline.set_progress_bar_config(disable=True)
     monkeypatch.setattr(stock, "randn_tensor", lambda shape, **_: noise(shape[1:], shape[0]))
     names = [CLASSES.names[key.class_index] for key in keys(7)]
@@ -101,7 +103,7 @@ def test_stable_diffusion_agrees_with_the_stock_pipeline(fixture, scale, strengt
         guidance_scale=scale,
         output_type="pt",
     ).images
-    made = run_loop(backend, latents, scale=scale, steps=10, strength=strength)
+    made = run_loop(backend, latents, scale=scale, steps=10, strength=strength, solver=solver)
     assert expected.std() > 0.01
     assert (made - expected).abs().max() < 1e-4
 

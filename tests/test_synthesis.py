@@ -8,7 +8,7 @@ from builders import fashion_conditions
 from engine.backends import open_backend
 from engine.config import GeneratorConfig, KernelConfig
 from engine.records import AttemptKey
-from engine.solvers import DDIM
+from engine.solvers import SOLVERS
 from engine.synthesis import DenoisingLoop, Guidance, Job
 from engine.workplan import start_noise
 
@@ -20,8 +20,8 @@ def backend(tiny_generator, device):
     return open_backend(GeneratorConfig(path=str(tiny_generator), precision="fp32"), KernelConfig(), device)
 
 
-def make_loop(backend, device, *, scale=2.0, start=0.0, stop=1.0, steps=5, strength=0.8, rows=ROWS):
-    solver = DDIM.plan(backend.schedule, steps, strength, from_noise=False, device=device)
+def make_loop(backend, device, *, scale=2.0, start=0.0, stop=1.0, steps=5, strength=0.8, rows=ROWS, solver="ddim"):
+    solver = SOLVERS[solver].plan(backend.schedule, steps, strength, from_noise=False, device=device)
     return DenoisingLoop(backend, fashion_conditions(backend), solver, Guidance(scale, start, stop), rows=rows, seed=7)
 
 
@@ -51,20 +51,22 @@ def test_every_job_comes_back_once(backend, device):
     assert set(done) == {job(i).key for i in range(31)}
 
 
-def test_an_image_does_not_depend_on_position_batch_mates_or_order(backend, device):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_image_does_not_depend_on_position_batch_mates_or_order(backend, device, solver):
     alone = {}
     for i in range(31):
-        alone.update(run(make_loop(backend, device), [job(i)]))
-    together = run(make_loop(backend, device), [job(i) for i in range(31)])
-    backwards = run(make_loop(backend, device), [job(i, priority=-i) for i in range(31)])
+        alone.update(run(make_loop(backend, device, solver=solver), [job(i)]))
+    together = run(make_loop(backend, device, solver=solver), [job(i) for i in range(31)])
+    backwards = run(make_loop(backend, device, solver=solver), [job(i, priority=-i) for i in range(31)])
     for key, latent in alone.items():
         assert torch.equal(latent, together[key]), key
         assert torch.equal(latent, backwards[key]), key
 
 
-def test_an_image_does_not_depend_on_when_it_was_submitted(backend, device):
-    together = run(make_loop(backend, device), [job(i) for i in range(20)])
-    loop, done = make_loop(backend, device), {}
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_image_does_not_depend_on_when_it_was_submitted(backend, device, solver):
+    together = run(make_loop(backend, device, solver=solver), [job(i) for i in range(20)])
+    loop, done = make_loop(backend, device, solver=solver), {}
     for i in range(20):  # trickle in: every row of a batch stands at another step
         loop.submit(job(i))
         done.update({key: latent.cpu() for key, latent in loop.step()})
@@ -86,17 +88,19 @@ def test_an_image_does_not_depend_on_the_thread_count(backend, device):
     assert all(torch.equal(latent, results[1][key]) for key, latent in results[0].items())
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     ("scale", "start", "stop"), [(1.0, 0.0, 1.0), (2.5, 0.0, 1.0), (2.5, 0.3, 0.6), (2.5, 0.5, 1.0)]
 )
-def test_the_loop_equals_a_plain_one_image_loop(backend, device, scale, start, stop):
-    loop = make_loop(backend, device, scale=scale, start=start, stop=stop)
+def test_the_loop_equals_a_plain_one_image_loop(backend, device, scale, start, stop, solver):
+    loop = make_loop(backend, device, scale=scale, start=start, stop=stop, solver=solver)
     done = run(loop, [job(i) for i in range(15)])
     solver, null = loop._solver, len(fashion_conditions(backend)) - 1
     for i in range(15):
         one = job(i)
         noise = torch.from_numpy(start_noise(7, one.key, (4, 16, 16))).to(device)
         x = solver.start(one.prototype.to(device), noise)[None]
+        before = torch.zeros_like(x)
         for step in range(solver.num_steps):
             t = solver.timesteps[step : step + 1]
             with torch.inference_mode():
@@ -104,7 +108,7 @@ def test_the_loop_equals_a_plain_one_image_loop(backend, device, scale, start, s
                 if scale != 1.0 and start <= float(t) / 1000 <= stop:
                     base = backend.predict(x, t, torch.tensor([null], device=device))
                     output = base + scale * (output - base)
-            x = solver.update(x, output, torch.tensor([step], device=device))
+            x, before = solver.update(x, output, torch.tensor([step], device=device), before)
         torch.testing.assert_close(done[one.key], x[0].cpu(), rtol=1e-3, atol=1e-3)
 
 
