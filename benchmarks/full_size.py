@@ -1,4 +1,4 @@
-"""A generator of full size with random weights, run by the engine's own loop and finisher in any variant."""
+"""A generator of full size with random weights, run by the engine's own loop and image maker in any variant."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from benchmarks.measuring import seconds_of, synchronize
 from benchmarks.random_models import write_model
 from engine.backends import open_backend
 from engine.backends.interface import Backend
+from engine.cluster import spare_threads
 from engine.config import GeneratorConfig, KernelConfig
+from engine.conveyor import Conveyor, PoolWriter
 from engine.estimate import count_work
-from engine.generation import Finisher, ImageFormat, Producer
+from engine.generation import Producer
+from engine.image_making import ImageFormat, ImageMaker
 from engine.kernels import set_attention, set_numerics, use_compile_cache
 from engine.labels import read_class_list
 from engine.pool import MadeImage
@@ -30,6 +33,7 @@ from engine.refinement import Policy
 from engine.solvers import DDIM
 from engine.synthesis import DenoisingLoop, Guidance, Job
 from engine.telemetry import Stopclock
+from engine.transfers import Arrival
 
 SETTINGS = {"sd15": "stable_diffusion", "dit_xl_2": "dit"}  # model of random_models.py -> generator.backend
 _GUIDANCE = 1.5  # any value but 1 costs the same; a small one keeps a network without training in range
@@ -103,8 +107,11 @@ class _NoDetector:
     def __init__(self, batch: int) -> None:
         self.batch = batch
 
-    def judge(self, images: np.ndarray, class_indices: Sequence[int]) -> tuple[list[Verdict], np.ndarray]:
-        return [Verdict(index, 1.0, 1.0) for index in class_indices], np.zeros((len(images), 1), np.float32)
+    def launch(self, images: Any) -> Arrival:
+        return Arrival(torch.zeros((len(images), 1)))
+
+    def read(self, arrived: np.ndarray, class_indices: Sequence[int]) -> tuple[list[Verdict], np.ndarray]:
+        return [Verdict(index, 1.0, 1.0) for index in class_indices], arrived[: len(class_indices)]
 
 
 class _NoPool:
@@ -193,10 +200,10 @@ class FullSizeModel:
         opened = self._get(variant)
         return DenoisingLoop(opened.backend, opened.conditions, solver, Guidance(_GUIDANCE), rows=variant.rows, seed=0)
 
-    def _finisher(self, variant: Variant) -> Finisher:
+    def _maker(self, variant: Variant) -> ImageMaker:
         detector: Any = _NoDetector(1 if variant.one_call else self._setting.judged)
         backend, written = self._get(variant).backend, self._setting.image_format
-        return Finisher(backend, detector, written, vae_batch=variant.vae_batch, device=self._device)
+        return ImageMaker(backend, detector, written, vae_batch=variant.vae_batch, device=self._device)
 
     @contextlib.contextmanager
     def _kernels(self, variant: Variant) -> Iterator[None]:
@@ -220,8 +227,8 @@ class FullSizeModel:
         counters.clear()
         with self._kernels(variant):
             solver = self._solver(self._setting.steps, self._setting.strength)
-            loop, finisher = self._loop(variant, solver), self._finisher(variant)
-            warm_up = seconds_of(lambda: (loop.warm_up(), finisher.warm_up()), self._device)
+            loop, maker = self._loop(variant, solver), self._maker(variant)
+            warm_up = seconds_of(lambda: (loop.warm_up(), maker.warm_up()), self._device)
             facts: dict[str, Any] = {"open_s": round(opening, 2), "warm_up_s": round(warm_up, 2)}
             if variant.compiled:
                 facts["graphs"] = counters["stats"]["unique_graphs"]
@@ -230,10 +237,10 @@ class FullSizeModel:
             if not variant.one_call:
                 facts.update(self._check(variant))
             if not self.checks_only:
-                latents = torch.stack([self._prototype(i) for i in range(finisher.batch)]).to(self._device)
-                keys = [AttemptKey(0, i, 0) for i in range(finisher.batch)]
-                seconds = seconds_of(lambda: finisher.finish(keys, latents), self._device)
-                facts["finish_ms_of_image"] = round(1000.0 * seconds / finisher.batch, 2)
+                latents = torch.stack([self._prototype(i) for i in range(maker.batch)]).to(self._device)
+                keys = [AttemptKey(0, i, 0) for i in range(maker.batch)]
+                seconds = seconds_of(lambda: maker.make(keys, latents), self._device)
+                facts["finish_ms_of_image"] = round(1000.0 * seconds / maker.batch, 2)
         rows = 2 * solver.num_steps
         return {
             **facts,
@@ -248,7 +255,10 @@ class FullSizeModel:
         solver = self._solver(self._setting.steps, self._setting.strength)
         loop, before = self._loop(variant, solver), counters["stats"]["unique_graphs"]
         policy = Policy("flagged", beta=0.0, top_k=1, max_candidates=0, wave=1)
-        producer = Producer(loop, self._finisher(variant), policy, pool, Stopclock(), lambda unit: None)  # type: ignore[arg-type]
+        clock, threads = Stopclock(), 0 if variant.one_call else spare_threads(self._device)
+        conveyor = Conveyor(self._maker(variant), clock, threads=threads)
+        writer = PoolWriter(pool, clock, threaded=threads > 0)  # type: ignore[arg-type]
+        producer = Producer(loop, conveyor, writer, policy, clock, lambda unit: None)
         starts = range(0, variant.slots, _UNIT_SLOTS)
         units = [
             Unit(i, i % self._setting.classes, start, min(_UNIT_SLOTS, variant.slots - start))
@@ -258,7 +268,7 @@ class FullSizeModel:
         if cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         others = self._allocated() - opened.weights
-        with self._kernels(variant):
+        with self._kernels(variant), producer:
             seconds = seconds_of(
                 lambda: producer.run(iter(units), lambda unit: prototypes[unit.index], lambda: None), self._device
             )

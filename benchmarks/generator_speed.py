@@ -4,10 +4,10 @@
     python benchmarks/generator_speed.py --models dit_xl_2     # one of them
     python benchmarks/generator_speed.py --tiny                # an eighth of the width, few steps: any machine
 
-Models are opened, run, decoded and encoded by the engine's own code (open_backend, DenoisingLoop, Finisher, Producer):
-bases alone, guided throughout, the shipped configurations' 50 steps at strength 0.7. Only the detector (0.02 % of the
-operations) and the pool's files are left out. Warm-up and compilation are timed apart. The first round measures every
-variant once, the most important first; further rounds repeat them in turn, so that drift meets all alike.
+Models are opened, run, decoded and encoded by the engine's own code (open_backend, DenoisingLoop, ImageMaker,
+Producer): bases alone, guided throughout, the shipped configurations' 50 steps at strength 0.7. Only the detector
+(0.02 % of the operations) and the pool's files are left out. Warm-up and compilation are timed apart. The first round
+measures every variant once, the most important first; further rounds repeat them in turn, so that drift meets all.
 
 Not timed, for every variant: is a row's result the same, bit for bit, alone, in every place of the batch and among
 others? is an image's, in the decoder? does a second process come to the same? A variant that cannot run is a line

@@ -105,6 +105,15 @@ def choose_device(wanted: str, local_rank: int) -> str:
     return f"cuda:{local_rank}"
 
 
+def spare_threads(device: str) -> int:
+    """Return how many threads may encode images beside the loop: this process's share of the cores, 1 to 8."""
+    if not device.startswith("cuda"):
+        return 1  # the loop itself uses the cores
+    import torch
+
+    return max(1, min(8, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 1))
+
+
 class StopWatch:
     """Remembers a request to stop; the work loop asks :meth:`check` between its steps.
 

@@ -206,6 +206,12 @@ class RuntimeConfig:
 
     device: str = key("auto", "auto, cpu or cuda", kind=RUNTIME, choices=("auto", "cpu", "cuda"))
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", kind=RUNTIME, low=0)
+    overlap: bool = key(
+        True, "decode, judge, encode and write beside the denoising loop; false: one after the other", kind=RUNTIME
+    )
+    encode_threads: int = key(
+        0, "threads that encode images beside the loop; 0: up to 8, as the CPU cores allow", kind=RUNTIME, low=0
+    )
     processes: int = key(0, "number of processes that must have been launched; 0 accepts any", kind=RUNTIME, low=0)
     poll_seconds: float = key(0.5, "wait between looks at the run folder", kind=RUNTIME, low=0.01)
     progress_seconds: float = key(5.0, "time between progress lines", kind=RUNTIME, low=0.1)

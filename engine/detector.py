@@ -19,6 +19,7 @@ from engine.labels import ClassList, match_classes
 from engine.networks import Network, check_outputs, load_network
 from engine.preprocessing import Preprocessor
 from engine.records import UsageError, Verdict
+from engine.transfers import Arrival
 
 _UNKNOWN_SIDE = 224  # of a probe image where neither preprocessing nor network fixes one
 
@@ -101,7 +102,6 @@ class Classifier:
         self.class_names = network.names.names if isinstance(network.names, ClassList) else network.names
         self._judgement = _Judgement(preprocessor, module, heads)
         self._forward: Callable[[Tensor], tuple[Tensor, Tensor]] = self._judgement
-        self._host: Tensor | None = None  # one batch, where images wait for the device
 
     def _probe(self, network: Network) -> Tensor:
         """Return one image as the network expects it, without two equal pixels side by side."""
@@ -167,43 +167,48 @@ class Classifier:
         """Return up to ``batch`` uint8 images on the device, padded with black ones to the fixed shape."""
         if images.dtype not in (np.uint8, torch.uint8):
             raise ValueError(f"uint8 images are needed, not {images.dtype}")
-        shape = (self.batch, *images.shape[1:])
-        if isinstance(images, Tensor) and images.device.type == self._device.type:
-            if len(images) == self.batch:
-                return images
-            padded = images.new_zeros(shape)
-            padded[: len(images)] = images
-            return padded
-        if self._host is None or self._host.shape != shape:
-            self._host = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        # the results of the batch before have come back, so the device has read what lay here
-        self._host.numpy()[: len(images)] = images.cpu() if isinstance(images, Tensor) else images
-        self._host[len(images) :] = 0
-        return self._host.to(self._device, non_blocking=True)
+        part = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+        if len(part) == self.batch and part.device.type == self._device.type:
+            return part
+        if self._device.type == "cuda" and part.device.type == "cpu":
+            part = part.pin_memory()
+        padded = torch.zeros((self.batch, *part.shape[1:]), dtype=torch.uint8, device=self._device)
+        padded[: len(part)].copy_(part, non_blocking=True)
+        return padded
 
     @torch.inference_mode()
-    def classify(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Return probabilities (N, classes) and penultimate features (N, F), both float32.
+    def launch(self, images: np.ndarray | Tensor) -> Arrival:
+        """Begin to judge up to ``batch`` uint8 images (N, C, H, W), on the host or already on the device.
 
-        ``images`` are uint8 (N, C, H, W), on the host or already on the device. Every forward has ``batch`` rows,
-        the last one padded, so a row's result does not depend on how many others came along.
+        What arrives is one array (batch, classes + F) for :meth:`read`. Every forward has ``batch`` rows, so a
+        row's result does not depend on how many others came along.
         """
-        results = []
-        for start in range(0, len(images), self.batch):
-            part = images[start : start + self.batch]
-            both = torch.cat(self._forward(self._to_device(part)), dim=1)  # one way back for both
-            results.append(both[: len(part)].cpu().numpy())
-        probabilities, features = np.split(np.concatenate(results), [len(self.class_names)], axis=1)
-        return np.ascontiguousarray(probabilities), np.ascontiguousarray(features)
+        return Arrival(torch.cat(self._forward(self._to_device(images)), dim=1))  # one way back for both
 
-    def judge(self, images: np.ndarray | Tensor, class_indices: Sequence[int]) -> tuple[list[Verdict], np.ndarray]:
-        """Return a verdict for each image against its own class, and the features (N, F)."""
-        probabilities, features = self.classify(images)
+    def read(self, arrived: np.ndarray, class_indices: Sequence[int]) -> tuple[list[Verdict], np.ndarray]:
+        """Return a verdict for each image against its own class, and the features (N, F), of a launched batch."""
+        probabilities, features = self._split(arrived[: len(class_indices)])
         verdicts = [
             Verdict(int(row.argmax()), float(row.max()), float(row[class_index]))
             for row, class_index in zip(probabilities, class_indices, strict=True)
         ]
         return verdicts, features
+
+    def _split(self, arrived: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        probabilities, features = np.split(arrived, [len(self.class_names)], axis=1)
+        return np.ascontiguousarray(probabilities), np.ascontiguousarray(features)
+
+    def classify(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return probabilities (N, classes) and penultimate features (N, F), both float32, of any number of images."""
+        results = []
+        for start in range(0, len(images), self.batch):
+            part = images[start : start + self.batch]
+            results.append(self.launch(part).wait()[0][: len(part)])
+        return self._split(np.concatenate(results))
+
+    def judge(self, images: np.ndarray | Tensor, class_indices: Sequence[int]) -> tuple[list[Verdict], np.ndarray]:
+        """Return a verdict for each image against its own class, and the features (N, F)."""
+        return self.read(np.concatenate(self.classify(images), axis=1), class_indices)
 
     def agreement(self, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
         """Return the share in [0, 1] of images whose label is the predicted one.

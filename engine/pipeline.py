@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from engine import closing
-from engine.cluster import StopWatch, World
+from engine.cluster import StopWatch, World, spare_threads
 from engine.config import RunConfig
+from engine.conveyor import Conveyor, PoolWriter
 from engine.finishing import Finishing, open_pool, policy_of
-from engine.generation import Finisher, ImageFormat, Producer
+from engine.generation import Producer
+from engine.image_making import ImageFormat, ImageMaker
 from engine.kernels import ran_out_of_memory
 from engine.preparation import Models, agree, load_models, make_guidance, make_solver, obey
 from engine.prototypes import count_skipped, is_published, make_prototypes, publish_prototypes, read_prototypes
@@ -26,6 +28,9 @@ from engine.run_record import RunRecord, run_folder
 from engine.synthesis import DenoisingLoop
 from engine.telemetry import EventLog, Progress, Stopclock, format_seconds
 from engine.workplan import share
+
+# of the loop's thread: work and, from "wait_" on, waiting; then of the threads beside it
+_SPANS = ("warm_up", "open", "denoise", "judge", "wait_encode", "wait_publish", "encode", "publish")
 
 
 class Job:
@@ -85,20 +90,23 @@ class Job:
             if skipped:
                 print(f"{skipped} real images could not be read; {folder}/class-*.json lists them", flush=True)
 
-    def _producer(self) -> tuple[Producer, DenoisingLoop, Finisher]:
+    def _producer(self) -> tuple[Producer, DenoisingLoop, ImageMaker]:
         config, models = self._config, self._models
         solver, decisions = make_solver(config, models.backend, models.device), self._record.decisions
         guidance, rows = make_guidance(config), int(decisions["rows"])
         loop = DenoisingLoop(models.backend, models.conditions, solver, guidance, rows=rows, seed=config.seed)
         image_format = ImageFormat(decisions["image_size"], config.output.format, config.output.quality)
         vae_batch = config.generator.vae_batch
-        finisher = Finisher(models.backend, models.detector, image_format, vae_batch=vae_batch, device=models.device)
+        maker = ImageMaker(models.backend, models.detector, image_format, vae_batch=vae_batch, device=models.device)
         if models.device.startswith("cuda") or decisions["compile"]:
             with self.clock.span("warm_up"):  # kernels are loaded and compiled before anything is timed
                 loop.warm_up()
-                finisher.warm_up()
+                maker.warm_up()
+        overlap, threads = config.runtime.overlap, config.runtime.encode_threads or spare_threads(models.device)
+        conveyor = Conveyor(maker, self.clock, threads=threads if overlap else 0)
+        writer = PoolWriter(self._pool, self.clock, threaded=overlap)
         policy = policy_of(config, selecting=False)
-        return Producer(loop, finisher, policy, self._pool, self.clock, self._note_unit), loop, finisher
+        return Producer(loop, conveyor, writer, policy, self.clock, self._note_unit), loop, maker
 
     def _note_unit(self, unit: Unit) -> None:
         self._log.write("unit", index=unit.index, class_index=unit.class_index, first_slot=unit.first_slot)
@@ -111,7 +119,7 @@ class Job:
         total = sum(unit.num_slots for unit in self._units)
         progress = self._progress("images", total, "slots", total - sum(unit.num_slots for unit in missing))
         if mine:
-            producer, loop, finisher = self._producer()
+            producer, loop, maker = self._producer()
 
             def between_steps() -> None:
                 self._stop.check()
@@ -121,16 +129,17 @@ class Job:
                     progress.show(total - sum(unit.num_slots for unit in self._pool.missing(missing)), note)
 
             try:
-                producer.run(iter(mine), self._prototypes_of, between_steps)
+                with producer:
+                    producer.run(iter(mine), self._prototypes_of, between_steps)
             except RuntimeError as error:
                 if not ran_out_of_memory(error):
                     raise
                 raise self._out_of_memory() from error
-            spans = {name: round(self.clock.seconds[name], 3) for name in ("warm_up", "denoise", "judge", "publish")}
+            spans = {name: round(self.clock.seconds[name], 3) for name in _SPANS}
             counts = dataclasses.asdict(loop.counts)
             self._log.write("loop", **counts, occupancy=round(loop.counts.occupancy, 4), seconds=spans)
-            self._log.write("health", **finisher.health)
-            for name, count in finisher.health.items():
+            self._log.write("health", **maker.health)
+            for name, count in maker.health.items():
                 self.clock.add(name, count)
             self.clock.counts["rows_used"], self.clock.counts["rows_total"] = (
                 loop.counts.rows_used,

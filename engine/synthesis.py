@@ -103,6 +103,11 @@ class DenoisingLoop:
         """True while the images at hand could not fill every row."""
         return self.pending * int(self._cost.min()) < self._rows
 
+    @property
+    def wants_more(self) -> bool:
+        """True while less than half a batch would be left in the queue with every row at work."""
+        return self.pending * int(self._cost.min()) < self._rows + self._rows // 2
+
     def _send(self, host: Tensor) -> Tensor:
         """Copy a tensor to the device in the order of its work, without waiting for that work to end."""
         device = self._x.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,10 +14,10 @@ from typing import Any, TextIO
 
 
 class Stopclock:
-    """Adds up the seconds spent in named spans, and counts named events."""
+    """Adds up the seconds spent in named spans, and counts named events; any thread may use it."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+        self._clock, self._lock = clock, threading.Lock()
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
 
@@ -27,11 +28,13 @@ class Stopclock:
         try:
             yield
         finally:
-            self.seconds[name] += self._clock() - start
+            with self._lock:
+                self.seconds[name] += self._clock() - start
 
     def add(self, name: str, amount: int = 1) -> None:
         """Add ``amount`` to ``counts[name]``."""
-        self.counts[name] += amount
+        with self._lock:
+            self.counts[name] += amount
 
 
 def format_seconds(seconds: float) -> str:

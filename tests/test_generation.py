@@ -8,13 +8,16 @@ from builders import fashion_conditions, open_detector
 from engine import imaging
 from engine.backends import open_backend
 from engine.config import GeneratorConfig, KernelConfig
-from engine.generation import Finisher, ImageFormat, Producer
+from engine.conveyor import Conveyor, PoolWriter
+from engine.generation import Producer
+from engine.image_making import ImageFormat, ImageMaker
 from engine.pool import Pool
 from engine.records import AttemptKey, Verdict
 from engine.refinement import Policy, next_attempts
 from engine.solvers import DDIM
 from engine.synthesis import DenoisingLoop, Guidance
 from engine.telemetry import Stopclock
+from engine.transfers import Arrival
 from engine.workplan import plan_units
 
 
@@ -31,9 +34,14 @@ def detector():
 PNG = ImageFormat(32, "png", 80)
 
 
-def finisher_of(backend, detector, image_format=PNG):
-    """Return a finisher whose decoder takes three images at a time, so that parts and padding occur."""
-    return Finisher(backend, detector, image_format, vae_batch=3, device="cpu")
+def maker_of(backend, detector, image_format=PNG):
+    """Return a maker whose decoder takes three images at a time, so that parts and padding occur."""
+    return ImageMaker(backend, detector, image_format, vae_batch=3, device="cpu")
+
+
+def make_producer(loop, maker, policy, pool, clock, on_unit=lambda unit: None, *, threads=2):
+    conveyor, writer = Conveyor(maker, clock, threads=threads), PoolWriter(pool, clock, threaded=threads > 0)
+    return Producer(loop, conveyor, writer, policy, clock, on_unit)
 
 
 def keys(count):
@@ -47,8 +55,8 @@ def latents(backend, count, seed=0):
 
 @pytest.mark.parametrize(("encoding", "size"), [("png", 32), ("jpg", 32), ("webp", 24), ("png", 48)])
 def test_verdict_and_features_are_those_of_the_decoded_bytes(backend, detector, encoding, size):
-    finisher = finisher_of(backend, detector, ImageFormat(size, encoding, 80))
-    made = finisher.finish(keys(5), latents(backend, 5))
+    maker = maker_of(backend, detector, ImageFormat(size, encoding, 80))
+    made = maker.make(keys(5), latents(backend, 5))
     pixels = np.stack([imaging.decode(image.data, 1) for image in made])
     assert pixels.shape == (5, 1, size, size)
     verdicts, features = detector.judge(pixels, [key.class_index for key in keys(5)])
@@ -57,26 +65,26 @@ def test_verdict_and_features_are_those_of_the_decoded_bytes(backend, detector, 
 
 
 def test_a_verdict_does_not_depend_on_batch_mates(backend, detector):
-    finisher = finisher_of(backend, detector)
-    together = finisher.finish(keys(8), latents(backend, 8))
+    maker = maker_of(backend, detector)
+    together = maker.make(keys(8), latents(backend, 8))
     for i, key in enumerate(keys(8)):
-        alone = finisher.finish([key], latents(backend, 8)[i : i + 1])[0]
+        alone = maker.make([key], latents(backend, 8)[i : i + 1])[0]
         assert alone.verdict == together[i].verdict
         assert alone.data == together[i].data
         assert np.array_equal(alone.feature, together[i].feature)
 
 
 def test_images_that_are_not_finite_or_flat_are_failed_and_hold_no_bytes(backend, detector):
-    finisher = finisher_of(backend, detector)
+    maker = maker_of(backend, detector)
     x = latents(backend, 5)
     x[1, 2, 3, 4] = float("nan")
     x[2, 0, 0, 0] = float("inf")
     x[3] = 0.25
-    made = finisher.finish(keys(5), x)
-    assert finisher.health == {"latents_not_finite": 2, "decoded_again": 0, "images_not_finite": 0, "flat": 1}
+    made = maker.make(keys(5), x)
+    assert maker.health == {"latents_not_finite": 2, "decoded_again": 0, "images_not_finite": 0, "flat": 1}
     assert [image.verdict.failed for image in made] == [False, True, True, True, False]
     assert [bool(image.data) for image in made] == [True, False, False, False, True]
-    good = finisher.finish([keys(5)[4]], latents(backend, 5)[4:])[0]
+    good = maker.make([keys(5)[4]], latents(backend, 5)[4:])[0]
     assert made[4].verdict == good.verdict  # a broken batch mate changes nothing
 
 
@@ -92,12 +100,15 @@ class Colours:
         images[1, 2, 3, 3] = 1.0  # one blue pixel: not flat
         return images
 
-    def judge(self, images, class_indices):
-        return [Verdict(index, 1.0, 1.0) for index in class_indices], np.zeros((len(images), 2), np.float32)
+    def launch(self, images):
+        return Arrival(torch.zeros((len(images), 2)))
+
+    def read(self, arrived, class_indices):
+        return [Verdict(index, 1.0, 1.0) for index in class_indices], arrived
 
 
 def test_one_flat_colour_is_failed_whatever_the_colour():
-    made = finisher_of(Colours(), Colours(), ImageFormat(8, "png", 80)).finish(keys(2), torch.zeros(2, 3, 8, 8))
+    made = maker_of(Colours(), Colours(), ImageFormat(8, "png", 80)).make(keys(2), torch.zeros(2, 3, 8, 8))
     assert [image.verdict.failed for image in made] == [True, False]
 
 
@@ -129,14 +140,14 @@ def test_a_decoder_that_overflows_is_asked_again_in_float32(backend, detector):
     """Two of five images overflow, one of them in float32 too; their batch mates keep their bytes."""
     x = latents(backend, 5)
     x[1, 0, 0, 0], x[4, 0, 0, 0] = 5.0, 9.0
-    plain = finisher_of(backend, detector).finish(keys(5), x)
-    finisher = finisher_of(Overflowing(backend, repeats=True), detector)
-    made = finisher.finish(keys(5), x)
-    assert finisher.health == {"latents_not_finite": 0, "decoded_again": 2, "images_not_finite": 1, "flat": 0}
+    plain = maker_of(backend, detector).make(keys(5), x)
+    maker = maker_of(Overflowing(backend, repeats=True), detector)
+    made = maker.make(keys(5), x)
+    assert maker.health == {"latents_not_finite": 0, "decoded_again": 2, "images_not_finite": 1, "flat": 0}
     assert [image.verdict.failed for image in made] == [False, False, False, False, True]
     assert [image.data for image in made[:4]] == [image.data for image in plain[:4]]
-    helpless = finisher_of(Overflowing(backend, repeats=False), detector)
-    assert [image.verdict.failed for image in helpless.finish(keys(5), x)] == [False, True, False, False, True]
+    helpless = maker_of(Overflowing(backend, repeats=False), detector)
+    assert [image.verdict.failed for image in helpless.make(keys(5), x)] == [False, True, False, False, True]
     assert helpless.health["decoded_again"] == 0
 
 
@@ -164,11 +175,13 @@ def test_units_hold_exactly_the_attempts_that_the_policy_asks_for(backend, detec
     solver = DDIM.plan(backend.schedule, 4, 0.5, from_noise=False, device="cpu")
     model = NotFiniteOnce(backend, bad_forwards)
     loop = DenoisingLoop(model, fashion_conditions(model), solver, Guidance(2.0), rows=8, seed=1)
-    finisher = finisher_of(model, detector)
-    producer = Producer(loop, finisher, policy, pool, clock, heard.append)
+    maker = maker_of(model, detector)
+    producer = make_producer(loop, maker, policy, pool, clock, heard.append)
     stream = np.random.default_rng(0)
     prototypes = {unit.index: stream.normal(size=(2, *backend.latent_shape)).astype(np.float32) for unit in units}
-    producer.run(iter(units), lambda unit: prototypes[unit.index], lambda: None)
+    with producer:
+        producer.run(iter(units), lambda unit: prototypes[unit.index], lambda: None)
+        assert sorted(unit.index for unit in heard) == [unit.index for unit in units]
     assert not pool.missing(units)
     assert sorted(unit.index for unit in heard) == [unit.index for unit in units]
     total = failed = 0
@@ -190,16 +203,16 @@ def test_a_stop_between_steps_leaves_complete_units_only(backend, detector, tmp_
     pool = Pool(tmp_path, "identity", "png")
     solver = DDIM.plan(backend.schedule, 4, 0.5, from_noise=False, device="cpu")
     loop = DenoisingLoop(backend, fashion_conditions(backend), solver, Guidance(2.0), rows=4, seed=1)
-    finisher = finisher_of(backend, detector)
+    maker = maker_of(backend, detector)
     clock = Stopclock()
-    producer = Producer(loop, finisher, policy, pool, clock, lambda unit: None)
+    producer = make_producer(loop, maker, policy, pool, clock)
 
     def stop():
         if clock.counts["images"] >= 9:
             raise KeyboardInterrupt
 
     zeros = np.zeros((1, *backend.latent_shape), np.float32)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), producer:
         producer.run(iter(units), lambda unit: zeros, stop)
     done = [unit for unit in units if not pool.missing([unit])]
     assert 0 < len(done) < len(units)

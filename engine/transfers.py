@@ -1,0 +1,57 @@
+"""Device work beside the denoising loop: a stream of its own, and results on their way to the host.
+
+On a CPU all of it is plain, immediate work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SideStream:
+    """A CUDA stream for short work beside the loop's; the device prefers it, so that the host waits briefly."""
+
+    def __init__(self, device: str) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.startswith("cuda") else None
+
+    @contextlib.contextmanager
+    def after_current(self) -> Iterator[None]:
+        """Issue the block's work on this stream, behind all that the current one was given so far.
+
+        Tensors of the current stream that the block reads must stay referenced until their results are on the host.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+
+class Arrival:
+    """Tensors on their way to the host, through pinned memory; the host goes on meanwhile."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = list(tensors)
+        if tensors[0].device.type == "cuda":
+            self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            for host, tensor in zip(self._host, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def is_there(self) -> bool:
+        """True once :meth:`wait` returns at once."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> list[np.ndarray]:
+        """Return the tensors as arrays, in their order."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._host]
