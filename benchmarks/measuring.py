@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -38,6 +39,23 @@ def seconds_of(work: Callable[[], Any], device: str) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - begin
+
+
+def reset_peak(device: str) -> None:
+    """Forget the peak of memory so far, where the system allows it."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # then the peak is that of the process
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: str) -> int:
+    """Return the peak of memory: of the device's allocator, or of this process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def matrix_ceiling(device: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class GenerationConfig:
     beta: float = key(0.7, "confidence below which an image is flagged", low=0.0, high=1.0)
     max_candidates: int = key(8, "attempts after the base for one slot", low=0, high=65535)
     top_k: int = key(3, "passing candidates that 'waves' waits for", low=1)
-    wave: int = key(4, "candidates requested in one round of 'waves'", low=1)
+    wave: int = key(4, "candidates requested in one round of 'waves'; 0: as many as top_k still lacks", low=0)
     unit_slots: int = key(0, "slots produced and published together; 0 lets the estimator choose", low=0)
 
 

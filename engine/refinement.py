@@ -21,7 +21,7 @@ class Policy:
     beta: float
     top_k: int
     max_candidates: int
-    wave: int
+    wave: int  # 0: each round as large as the number of passing candidates that top_k still lacks
 
 
 def next_attempts(policy: Policy, class_index: int, verdicts: Sequence[Verdict]) -> range:
@@ -39,8 +39,8 @@ def next_attempts(policy: Policy, class_index: int, verdicts: Sequence[Verdict])
         return range(0)
     if policy.kind == "flagged":
         return range(done, everything)
-    passed = sum(verdict.passes(class_index, policy.beta) for verdict in verdicts[1:])
-    return range(0) if passed >= policy.top_k else range(done, min(done + policy.wave, everything))
+    lacking = policy.top_k - sum(verdict.passes(class_index, policy.beta) for verdict in verdicts[1:])
+    return range(0) if lacking <= 0 else range(done, min(done + (policy.wave or lacking), everything))
 
 
 def count_attempts(policy: Policy, class_index: int, verdicts: Sequence[Verdict]) -> int:

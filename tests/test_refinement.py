@@ -58,6 +58,15 @@ def test_waves_cut_the_last_round_at_max_candidates():
     assert not next_attempts(policy, CLASS, 9 * [bad()])
 
 
+def test_waves_without_a_size_ask_for_what_top_k_lacks():
+    policy = make_policy("waves", top_k=3, wave=0, max_candidates=8)
+    assert next_attempts(policy, CLASS, [bad()]) == range(1, 4)
+    assert next_attempts(policy, CLASS, [bad(), good(), bad(), bad()]) == range(4, 6)
+    assert next_attempts(policy, CLASS, [bad(), good(), bad(), bad(), good(), bad()]) == range(6, 7)
+    assert not next_attempts(policy, CLASS, [bad(), good(), bad(), bad(), good(), bad(), good()])
+    assert next_attempts(policy, CLASS, 8 * [bad()]) == range(8, 9)
+
+
 def test_a_failed_candidate_takes_its_place_in_the_round():
     assert next_attempts(make_policy(top_k=1), CLASS, [bad(), FAILED, FAILED, FAILED]) == range(4, 7)
 
@@ -115,7 +124,7 @@ def test_stored_attempts_replay_as_a_fresh_run_with_lower_beta_and_top_k(kind):
         max_candidates = int(rng.integers(0, 12))
         world = [random_verdict(rng) for _ in range(1 + max_candidates)]
         beta, top_k = float(rng.choice([0.5, 0.6, 0.7, 0.9])), int(rng.integers(1, 6))
-        made = Policy(kind, beta, top_k, max_candidates, int(rng.integers(1, 6)))
+        made = Policy(kind, beta, top_k, max_candidates, int(rng.integers(0, 6)))
         stored = simulate_generation(made, CLASS, world.__getitem__)
         lower_beta, lower_k = float(rng.choice([0.0, 0.3, 0.5, beta])), int(rng.integers(1, top_k + 1))
         lower = Policy(kind, min(lower_beta, beta), lower_k, max_candidates, made.wave)
