@@ -23,7 +23,6 @@ from engine.labels import read_class_list
 from engine.records import Verdict
 from engine.transfers import Arrival
 
-CLASSES = 10
 _LEVELS = 1009  # a prime: sums of pixels fall evenly on its residues
 
 
@@ -47,14 +46,16 @@ class DrawnDetector:
         return [Verdict(index, float(p), float(p)) for index, (p,) in zip(class_indices, drawn, strict=True)], drawn
 
 
-def random_task(model: str, scale: int, images_per_class: int, folder: Path, device: str, *, beta: float) -> Task:
+def random_task(
+    model: str, scale: int, images_per_class: int, folder: Path, device: str, *, classes: int, beta: float
+) -> Task:
     """Return the task of ``model`` (see random_models.py) with its widths divided by ``scale``."""
     setting = Setting.of(model, tiny=scale == 8)
     path = folder / f"{model}-{scale}"
     if not (path / "model_index.json").exists():
         write_model(model, path, scale=scale)
     use_compile_cache(folder / "compile_cache")
-    classes = read_class_list("imagenet1k").take(range(setting.classes))
+    known = read_class_list("imagenet1k").take(range(setting.classes))
     config = GeneratorConfig(backend=SETTINGS[model], path=str(path), image_size=setting.image_size)
 
     @cache
@@ -65,13 +66,13 @@ def random_task(model: str, scale: int, images_per_class: int, folder: Path, dev
         return backend
 
     shapes = open_backend(config, KernelConfig(), "meta")
-    latents = np.random.default_rng(0).standard_normal((CLASSES, images_per_class, *shapes.latent_shape))
+    latents = np.random.default_rng(0).standard_normal((classes, images_per_class, *shapes.latent_shape))
     detectors: Any = cache(DrawnDetector)
     return Task(
         open_backend=lambda way: open_one(way.channels_last, way.compiled),
         open_detector=detectors,
-        conditions=open_one(True, False).conditions(classes),
-        work=count_work(shapes, shapes.conditions(classes)),
+        conditions=open_one(True, False).conditions(known),
+        work=count_work(shapes, shapes.conditions(known)),
         device=device,
         prototypes=latents.astype(np.float32),
         image_format=setting.image_format,
