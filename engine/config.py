@@ -100,7 +100,7 @@ class SynthesisConfig:
 
     solver: str = key(
         "dpmpp_2m",
-        "update rule of the denoising loop: ddim, or the second-order dpmpp_2m (DPM-Solver++ 2M), which needs fewer steps",
+        "update rule of the denoising loop: ddim, or dpmpp_2m (DPM-Solver++ 2M), of second order: fewer steps",
         choices=("ddim", "dpmpp_2m"),
     )
     steps: int = key(20, "solver steps of the whole schedule", low=1, high=1000)
