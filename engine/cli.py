@@ -11,7 +11,9 @@ import dataclasses
 import errno
 import json
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -22,6 +24,7 @@ from engine import __version__
 from engine.cluster import STOP_SIGNALS, launched_rank
 from engine.records import StopRequested, UsageError
 from engine.settings import load
+from engine.submission import batch_script, declare_options, read_options
 
 COMPLETE, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 75
 _GRACE = 8.0  # seconds in which a launcher ends the others, on a busy machine too
@@ -212,6 +215,24 @@ def _prefetch(arguments: argparse.Namespace) -> None:
     prefetch(load(RunConfig, arguments.config, arguments.overrides))
 
 
+def _submit(arguments: argparse.Namespace) -> None:
+    from engine.config import RunConfig
+
+    job = read_options(arguments)
+    load(RunConfig, job.config, job.overrides)  # what is wrong is told now, not after hours in the queue
+    script = batch_script(job)
+    if arguments.dry_run:
+        print(script, end="")
+        return
+    if not shutil.which("sbatch"):
+        raise UsageError("sbatch: not on PATH; submit where SLURM is, or let --dry-run print the script")
+    job.logs_folder.mkdir(parents=True, exist_ok=True)  # SLURM drops a job silently whose log cannot be opened
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UsageError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    print(f"submitted job {done.stdout.strip()}; logs: {job.logs_folder}")
+
+
 def main_parser() -> argparse.ArgumentParser:
     """Return the parser of the ``retort`` command."""
     parser = argparse.ArgumentParser(
@@ -239,6 +260,11 @@ def main_parser() -> argparse.ArgumentParser:
     prefetch.add_argument("config", metavar="CONFIG", help="YAML configuration of a run")
     prefetch.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration keys to change")
     prefetch.set_defaults(work=_prefetch)
+    submit = commands.add_parser(
+        "submit", help="write the SLURM batch script of a run and submit it", allow_abbrev=False
+    )
+    declare_options(submit)
+    submit.set_defaults(work=_submit)
     return parser
 
 

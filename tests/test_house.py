@@ -47,6 +47,7 @@ HELP = {
     "retort": ("-m", "engine.cli", "--help"),
     "retort_doctor": ("-m", "engine.cli", "doctor", "--help"),
     "retort_prefetch": ("-m", "engine.cli", "prefetch", "--help"),
+    "retort_submit": ("-m", "engine.cli", "submit", "--help"),
     "retort_select": ("-m", "engine.cli", "select", "--help"),
     **{name: (f"engine/{name}.py", "--help") for name in ENTRY_SCRIPTS},
 }
