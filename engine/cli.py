@@ -121,12 +121,21 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
     """Entry of ``engine/distill.py``: the main job, or with ``--dry-run`` its plan and cost."""
     parser = _run_parser("distill.py", "Distil a labelled image data set; resumes by the same command.")
     parser.add_argument("--dry-run", action="store_true", help="print configuration, plan and cost; write nothing")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run this stage only: prototypes, synthesize, select, finalize or report; several: repeat, or commas",
+    )
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
 
     def work() -> None:
         from engine.cluster import StopWatch, join_world
         from engine.config import RunConfig
+        from engine.stages import finish_only, need_models, read_stages
 
+        stages = read_stages(arguments.stage)
         config = load(RunConfig, arguments.config, arguments.overrides)
         if arguments.output is not None:
             config = dataclasses.replace(config, output=dataclasses.replace(config.output, path=arguments.output))
@@ -140,10 +149,13 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
         stop = StopWatch(Path(config.output.path) / "stop" if config.output.path else None)
         stop.listen()
         world = join_world(config.runtime.processes)
+        if not need_models(stages):
+            finish_only(config, world, stop, stages)
+            return
         from engine import pipeline
 
         stop.check()
-        pipeline.distill(config, world, stop)
+        pipeline.distill(config, world, stop, stages)
 
     return exit_status(work)
 
@@ -169,8 +181,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _select(arguments: argparse.Namespace) -> None:
-    from engine.cluster import StopWatch, World
+    from engine.cluster import StopWatch
     from engine.finishing import Finishing
+    from engine.leases import Leases
     from engine.run_record import read_record, reconfigure
 
     folder = Path(arguments.run)
@@ -178,9 +191,13 @@ def _select(arguments: argparse.Namespace) -> None:
     config = reconfigure(record, [*arguments.overrides, f"selection.name={json.dumps(arguments.name)}"])
     stop = StopWatch(folder / "stop")
     stop.listen()
-    finishing = Finishing(folder, record, config, World(), stop)
-    finishing.select()
-    finishing.finalize()
+    leases = Leases(folder, config.runtime)
+    finishing = Finishing(folder, record, config, leases, stop)
+    try:
+        finishing.select()
+        finishing.finalize()
+    finally:
+        leases.close()
     choices = [placed.choice for placed in finishing.placed()]
     print(
         f"selection {arguments.name!r}: {len(choices)} images, {sum(c.attempt > 0 for c in choices)} of them refined, "

@@ -183,6 +183,16 @@ class StopWatch:
         if self.requested():
             raise StopRequested(f"stopped early by {self.reason}; the same command continues")
 
+    def sleep(self, seconds: float) -> None:
+        """Wait, and raise StopRequested within half a second as :meth:`check` does."""
+        end = self._clock() + seconds
+        while True:
+            self.check()
+            left = end - self._clock()
+            if left <= 0:
+                return
+            time.sleep(min(left, 0.5))
+
     def wait(self, condition: Callable[[], bool], poll_seconds: float) -> None:
         """Look at ``condition`` until it holds; raises StopRequested as :meth:`check` does."""
         while not condition():
