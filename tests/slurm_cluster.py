@@ -147,7 +147,7 @@ class Cluster:
                 f"NodeName=n{i} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs={NODE_CPUS} State=UNKNOWN"
                 for i, port in enumerate(node_ports)
             ),
-            "PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP",
+            "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
         ]
         (here / "slurm.conf").write_text("\n".join(lines) + "\n")
 
