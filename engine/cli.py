@@ -23,6 +23,7 @@ from pathlib import Path
 from engine import __version__
 from engine.cluster import STOP_SIGNALS, launched_rank
 from engine.records import StopRequested, UsageError
+from engine.run_commands import add_commands
 from engine.settings import load
 from engine.submission import batch_script, declare_options, read_options
 
@@ -50,10 +51,10 @@ def _report(status: int, line: str) -> int:
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Run ``work`` and return the exit status that its outcome means."""
+    """Run ``work`` and return the exit status that its outcome means; a number that it returns is one."""
     try:
-        work()
-        return COMPLETE
+        result = work()
+        return result if isinstance(result, int) else COMPLETE
     except UsageError as error:
         return _report(UNUSABLE, f"retort: error: {error}")
     except StopRequested as error:
@@ -264,6 +265,7 @@ def main_parser() -> argparse.ArgumentParser:
     select.add_argument("--name", required=True, help="folder of the selection: RUN/selections/NAME")
     select.add_argument("overrides", nargs="*", metavar="selection.key=value", help="selection keys to change")
     select.set_defaults(work=_select)
+    add_commands(commands)
     doctor = commands.add_parser(
         "doctor", help="what this machine offers, and whether a run could start here", allow_abbrev=False
     )

@@ -7,6 +7,7 @@ is bound to. Every shard is then a pure function of those lines and one position
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from engine.pool import Pool
 from engine.publish import digest_bytes, publish_json, publish_same, read_json, staged_file, sweep_staged
 from engine.records import Attempt, Choice, Unit, UsageError
 from engine.refinement import Policy
-from engine.run_record import RunRecord
+from engine.run_record import RunRecord, reconfigure
 from engine.selection import Rule, choose_for_class
 from engine.settings import SELECTION, flatten
 from engine.shards import ShardSet, data_card, is_complete, publish_index, publish_shard, shard_lengths, shard_name
@@ -51,6 +52,22 @@ def open_pool(folder: Path, record: RunRecord) -> Pool:
     )
 
 
+def selections_of(folder: Path, record: RunRecord) -> list[tuple[str, RunConfig]]:
+    """Return name and configuration of every selection that lies in a run, with the settings it was made with.
+
+    Raises UsageError where these are damaged.
+    """
+    found = []
+    for path in sorted((folder / "selections").glob("*/")):
+        overrides = [f"selection.name={json.dumps(path.name)}"]
+        complete = path / _COMPLETE
+        if complete.exists():
+            settings = read_json(complete, "retort repair RUN moves it away").get("settings", {})
+            overrides += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        found.append((path.name, reconfigure(record, overrides)))
+    return found
+
+
 def selection_settings(config: RunConfig) -> dict[str, Any]:
     """Return what a selection is made with, nulls resolved; its name does not count."""
     settings = flatten(config, (SELECTION,))
@@ -79,7 +96,7 @@ class Finishing:
         """Return True where this selection is complete; raises UsageError where it was made with other settings."""
         if not (self.folder / _COMPLETE).exists():
             return False
-        complete = self._read_complete()
+        complete = self.read_complete()
         there, here = complete["settings"], selection_settings(self._config)
         differences = [f"{key}: {there.get(key)} there, {here[key]} now" for key in here if there.get(key) != here[key]]
         if differences:
@@ -87,11 +104,12 @@ class Finishing:
                 f"selection.name: {self._config.selection.name!r} exists with other settings "
                 f"({'; '.join(differences)}); give another selection.name"
             )
-        if not self._pool.missing(self._units) and complete["units_sha256"] != self._units_digest():
+        if not self._pool.missing(self._units) and complete["units_sha256"] != self.units_digest():
             raise UsageError(f"{self.folder}: units of the pool changed since this selection was made; {self._remedy}")
         return True
 
-    def _read_complete(self) -> dict[str, Any]:
+    def read_complete(self) -> dict[str, Any]:
+        """Return what the selection is bound to: its settings, the digests of its choices and of the pool's units."""
         content = read_json(self.folder / _COMPLETE, self._remedy)
         if (
             not isinstance(content, dict)
@@ -101,7 +119,8 @@ class Finishing:
             raise UsageError(f"{self.folder / _COMPLETE}: damaged; {self._remedy}")
         return content
 
-    def _units_digest(self) -> str:
+    def units_digest(self) -> str:
+        """Return one sha256 over the manifests of all units."""
         return digest_bytes("".join(self._pool.unit_digest(unit) for unit in self._units).encode())
 
     def is_finished(self) -> bool:
@@ -179,19 +198,19 @@ class Finishing:
         self.folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         with staged_file(self.folder / _CHOICES) as stream:
-            for placed in self._choose():
-                line = placed.encode()
+            for line in self.choose():
                 digest.update(line)
                 stream.write(line)
         complete = {
             "choices_sha256": digest.hexdigest(),
             "identity": self._record.digest(),
             "settings": selection_settings(self._config),
-            "units_sha256": self._units_digest(),
+            "units_sha256": self.units_digest(),
         }
         publish_json(self.folder / _COMPLETE, complete)
 
-    def _choose(self) -> Iterator[Placed]:
+    def choose(self) -> Iterator[bytes]:
+        """Yield the lines of the choices, as the sidecars of the pool give them."""
         by_class: dict[int, list[Unit]] = {}
         for unit in self._units:
             by_class.setdefault(unit.class_index, []).append(unit)
@@ -209,11 +228,11 @@ class Finishing:
                 left = kept[owners[choice.slot]]
                 if left is not None and attempt.offset not in left:
                     raise self._pool.dropped(owners[choice.slot])
-                yield Placed(choice, owners[choice.slot], attempt.offset, attempt.size, attempt.sha256)
+                yield Placed(choice, owners[choice.slot], attempt.offset, attempt.size, attempt.sha256).encode()
 
     def choices(self) -> ChoiceFile:
         """Open the choices of this selection; raises UsageError where they do not match their digest."""
-        sha256, slots = self._read_complete()["choices_sha256"], self._record.plan["images_per_class"]
+        sha256, slots = self.read_complete()["choices_sha256"], self._record.plan["images_per_class"]
         return ChoiceFile(self.folder / _CHOICES, sha256, _COMPLETE, slots, self._remedy)
 
     def placed(self) -> list[Placed]:
@@ -244,12 +263,17 @@ class Finishing:
             sweep_staged(self.shards_folder)
             return
         choices = self.choices()
-        lengths = shard_lengths(len(choices), self._config.output.samples_per_shard)
-        self._leases.work_off(self._shards(len(lengths)), lambda i: self._make_shard(i, choices), self._stop)
+        lengths = self.lengths()
+        self._leases.work_off(self.shard_work(len(lengths)), lambda i: self._make_shard(i, choices), self._stop)
         index = self._single("index", "index", lambda: is_complete(self.shards_folder))
         self._leases.work_off(index, lambda _: self._write_index(choices, lengths), self._stop)
 
-    def _shards(self, count: int) -> Work:
+    def lengths(self) -> list[int]:
+        """Return how many samples each shard holds."""
+        plan = self._record.plan
+        return shard_lengths(plan["num_classes"] * plan["images_per_class"], self._config.output.samples_per_shard)
+
+    def shard_work(self, count: int) -> Work:
         """Return the shards as items; one counts when what it must hold is recorded beside the selection."""
 
         def published(items: Sequence[int]) -> set[int]:
@@ -267,6 +291,11 @@ class Finishing:
         """Return the file that records the digest of a finished shard."""
         return self._records / f"{shard_name(index)}.sha256"
 
+    def read_record(self, index: int) -> str:
+        """Return the digest that a shard must have; empty where none is recorded."""
+        path = self.record_path(index)
+        return path.read_text(errors="replace").strip() if path.exists() else ""
+
     def part(self, choices: ChoiceFile, index: int) -> tuple[list[Choice], Callable[[Choice], bytes]]:
         """Return the choices of a shard, and what reads their images."""
         size = self._config.output.samples_per_shard
@@ -280,7 +309,7 @@ class Finishing:
         publish_same(self.record_path(index), f"{sha256}\n".encode())
 
     def _write_index(self, choices: ChoiceFile, lengths: list[int]) -> None:
-        digests = [self.record_path(index).read_text().strip() for index in range(len(lengths))]
+        digests = [self.read_record(index) for index in range(len(lengths))]
         publish_index(self.shards_folder, lengths, digests, self.card(choices))
 
     def card(self, choices: ChoiceFile) -> bytes:

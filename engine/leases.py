@@ -238,9 +238,13 @@ class Leases:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
+    def open_claims(self, work: Work) -> Claims:
+        """Return claims that nobody renews: to look at a stage, not to work on it."""
+        return Claims(work, self.files, self.me, self._options.lease_seconds, is_dead, time.monotonic)
+
     def claims(self, work: Work) -> Claims:
-        """Return this process's claims in one stage."""
-        claims = Claims(work, self.files, self.me, self._options.lease_seconds, is_dead, time.monotonic)
+        """Return this process's claims in one stage, kept alive until :meth:`close`."""
+        claims = self.open_claims(work)
         self._claims.append(claims)
         if self._thread is None:
             self._thread = threading.Thread(target=self._beat, name="lease heartbeat", daemon=True)

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
-from engine.archives import TarStream
+from engine.archives import TarStream, size_of_tar
 from engine.lease_rules import Work
 from engine.publish import (
     canonical_json,
@@ -199,7 +199,7 @@ class Pool:
             "selection that was there before, or another --output"
         )
 
-    def prune(self, unit: Unit, keep: Collection[int]) -> int:
+    def prune(self, unit: Unit, keep: Collection[int], *, dry_run: bool = False) -> int:
         """Drop the images of a unit whose offsets are not in ``keep``; returns the bytes that this frees.
 
         A unit that was pruned before stays as it is. Raises UsageError where a kept image is damaged.
@@ -209,6 +209,8 @@ class Pool:
         if not tar_path.exists() or all(attempt.offset in keep for attempt in images):
             return 0
         before = tar_path.stat().st_size
+        if dry_run:
+            return before - size_of_tar(attempt.size for attempt in images if attempt.offset in keep)
         moved: dict[int, int] = {}
         pruned_path = self.path(unit, "pruned.tar")
         for leftover in (record_path, pruned_path):  # of a start that was killed before it removed the whole tar

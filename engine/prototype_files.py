@@ -33,20 +33,21 @@ class Prototypes:
     outliers: int  # real images left out by the Local Outlier Factor
 
 
-def _paths(folder: Path, class_index: int) -> tuple[Path, Path]:
+def paths_of(folder: Path, class_index: int) -> tuple[Path, Path]:
+    """Return tensors and manifest of a class."""
     stem = f"class-{class_index:05d}"
     return folder / f"{stem}.safetensors", folder / f"{stem}.json"
 
 
 def is_published(folder: Path, class_index: int) -> bool:
     """True where the prototypes of a class are complete: their manifest, written last, is there."""
-    return _paths(folder, class_index)[1].exists()
+    return paths_of(folder, class_index)[1].exists()
 
 
 def published_classes(folder: Path, classes: Iterable[int]) -> set[int]:
     """Return which of ``classes`` are published; lists the folder once."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return {index for index in classes if _paths(folder, index)[1].name in there}
+    return {index for index in classes if paths_of(folder, index)[1].name in there}
 
 
 def prototype_work(folder: Path, num_classes: int) -> Work:
@@ -61,11 +62,12 @@ def prototype_work(folder: Path, num_classes: int) -> Work:
 
 
 def _read_manifest(folder: Path, class_index: int) -> dict[str, Any]:
-    path = _paths(folder, class_index)[1]
+    path = paths_of(folder, class_index)[1]
     manifest = read_json(path, _REMEDY)
     if (
         not isinstance(manifest, dict)
         or not {"sha256", "inertia", "num_images", "skipped", "outliers"} <= manifest.keys()
+        or manifest.get("class_index") != class_index
     ):
         raise UsageError(f"{path}: damaged; {_REMEDY}")
     return manifest
@@ -78,7 +80,7 @@ def count_skipped(folder: Path, class_index: int) -> int:
 
 def publish_prototypes(folder: Path, prototypes: Prototypes) -> None:
     """Write tensors, then the manifest with their digest."""
-    tensors, manifest = _paths(folder, prototypes.class_index)
+    tensors, manifest = paths_of(folder, prototypes.class_index)
     data = format_safetensors(
         {
             "centroids": np.ascontiguousarray(prototypes.centroids),
@@ -101,7 +103,7 @@ def publish_prototypes(folder: Path, prototypes: Prototypes) -> None:
 
 def read_prototypes(folder: Path, class_index: int) -> Prototypes:
     """Read what :func:`publish_prototypes` wrote; raises UsageError where its digest does not hold."""
-    path, _ = _paths(folder, class_index)
+    path, _ = paths_of(folder, class_index)
     manifest = _read_manifest(folder, class_index)
     data = path.read_bytes() if path.exists() else b""
     if digest_bytes(data) != manifest["sha256"]:

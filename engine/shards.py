@@ -193,17 +193,23 @@ def publish_index(folder: Path, lengths: Sequence[int], digests: Sequence[str], 
                 f"{folder / name}: is not what its selection gives; retort repair RUN moves it away, then run the same "
                 "command again"
             )
+    for name, data in index_files(lengths, digests, card).items():
+        publish_same(folder / name, data)
+    sweep_staged(folder)
+
+
+def index_files(lengths: Sequence[int], digests: Sequence[str], card: bytes) -> dict[str, bytes]:
+    """Return the files beside the shards by name, SHA256SUMS last."""
+    names = [shard_name(index) for index in range(len(lengths))]
     split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": list(lengths)}
     files = {
         "README.md": card,
         "_info.json": canonical_json({"splits": {"train": split}}),
         "sizes.json": canonical_json(dict(zip(names, lengths, strict=True))),
     }
-    for name, data in files.items():
-        publish_same(folder / name, data)
-        sums[name] = digest_bytes(data)
-    publish_same(folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
-    sweep_staged(folder)
+    sums = {**dict(zip(names, digests, strict=True)), **{name: digest_bytes(data) for name, data in files.items()}}
+    files[SUMS] = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+    return files
 
 
 def is_complete(folder: Path) -> bool:
