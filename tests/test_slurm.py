@@ -108,9 +108,9 @@ def test_an_array_of_which_a_task_was_cancelled_is_completed_by_what_status_prin
     (run / "stop").touch()  # and the other does not go on to the end in its stead
     ended = cluster.wait_for(job)
     assert (ended[0], ended[1][0]) == (STOPPED, "CANCELLED"), log(run)
-    state = retort("status", run, "--tasks", "2")
-    waits = "invalid choice: 'status'" in state.stderr  # until there is such a command
-    expression = "--array=0-1" if waits else re.search(r"--array=[0-9,%-]+", state.stdout).group()
+    state = retort("status", run, "--tasks", "2").stdout
+    assert "--array=0-1" in state
+    expression = re.search(r"--array=[0-9,%-]+", state).group()
     options = [expression, "--gres=none", f"--output={run}/logs/slurm/again-%a.out", "launch/slurm_array.sbatch"]
     command = ["--config", QUICKSTART, "--output", run, *SMALL]
     again = sbatch(cluster, *options, *command, RETORT_VENV=sys.prefix)
