@@ -29,10 +29,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from cluster_model import Process, Shape, Timing, VirtualCluster, draw_rounds, spread_workers
-from line_plot import line_plot
-from measuring import ROOT, machine, markdown_table
 
+from benchmarks.cluster_model import Process, Shape, Timing, VirtualCluster, draw_rounds, spread_workers
+from benchmarks.line_plot import line_plot
+from benchmarks.measuring import ROOT, machine, markdown_table
 from engine.config import RunConfig
 from engine.estimate import useful_devices
 from engine.run_record import read_record
@@ -152,18 +152,19 @@ def _work(run: Path, processes: int, stage: str, overrides: Sequence[str]) -> No
         raise RuntimeError(f"stage {stage} failed with {processes} process(es)")
 
 
-def _predict(run: Path, counts: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Return what the simulation says of a finished run: steps of all loops and the gain of two workers."""
+def predict(run: Path, counts: Sequence[int], steps: int) -> dict[int, dict[str, Any]]:
+    """Return what the simulation says of a finished run of units of one slot: steps of all loops, and of the longest.
+
+    ``steps`` is what an image takes; durations are counted in steps.
+    """
     record = read_record(run)
-    config = load(RunConfig, ROOT / "configs" / "quickstart.yaml")
     units = record.units()  # one slot each: a unit's attempts are its slot's rounds
     rounds: list[list[tuple[int, ...]]] = [[()] * record.plan["images_per_class"] for _ in record.class_names]
     for unit in units:
         path = next((run / "pool").rglob(f"unit-{unit.index:07d}.json"))
         extra = json.loads(path.read_text())["attempts"] - 1
         rounds[unit.class_index][unit.first_slot] = (WAVE,) * (extra // WAVE)
-    steps = int(config.synthesis.steps * config.synthesis.strength)
-    shape = Shape(int(record.decisions["rows"]) // 2, steps, config.detector.batch)
+    shape = Shape(int(record.decisions["rows"]) // ROWS_OF_IMAGE, steps, int(record.config["detector.batch"]))
     found = {}
     for count in counts:
         cluster = VirtualCluster(units, rounds, shape, Timing(1.0, 0.0, 0.0, PUBLISH_OPERATIONS))
@@ -194,7 +195,8 @@ def measure(repeats: int, slots: int) -> dict[str, Any]:
                 span, loops = _stage_span(run)
                 seconds[count].append(round(span, 2))
                 steps[count].append(sum(loop["steps"] for loop in loops))
-        predicted = _predict(run, (1, 2))
+        config = load(RunConfig, ROOT / "configs" / "quickstart.yaml").synthesis
+        predicted = predict(run, (1, 2), int(config.steps * config.strength))
     speedups = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
     return {
         "seconds": seconds,
@@ -212,17 +214,20 @@ def measure(repeats: int, slots: int) -> dict[str, Any]:
 
 def run_simulations(quick: bool) -> dict[str, list[dict[str, Any]]]:
     """Simulate every series; each begins with its baseline of one worker, which is taken out again."""
-    small, large = ([8, 64], [64]) if quick else ([8, 16, 32, 64, 128, 256], [64, 128, 256, 512, 1024])
-    large_slots = 128 if quick else 1281
+    small, large = ([8, 64], [64]) if quick else ([8, 16, 32, 64, 128, 256, 512], [64, 256, 1024])
+    largest = [64] if quick else [64, 128, 256, 512, 1024, 2048]
+    size = 128 if quick else 1281
+    narrow = {"rows": 32}
     series: list[tuple[str, int, int, list[int], dict[str, Any]]] = [
         ("IPC 50, units of 50 slots", 50, 50, small, {}),
         ("IPC 50, units of 10 slots", 50, 10, small, {}),
-        ("IPC 50, units of 10 slots, 32 rows", 50, 10, small, {"rows": 32}),
+        ("IPC 50, units of 10 slots, 32 rows", 50, 10, small, narrow),
         ("IPC 50, static classes", 50, 50, small, {"static": True}),
-        ("IPC 50, units of 10, 5 % slow, 2 % lost", 50, 10, small, {"slow": 0.05, "lost": 0.02}),
-        ("1.28M, units of 131 slots", large_slots, 131, large, {}),
-        ("1.28M, units of 20 slots", large_slots, 20, large, {}),
-        ("1.28M, static classes", large_slots, 131, large, {"static": True}),
+        ("IPC 50, units of 10, 32 rows, 5 % slow, 2 % lost", 50, 10, small, {**narrow, "slow": 0.05, "lost": 0.02}),
+        ("1.28M, units of 131 slots", size, 131, large, {}),
+        ("1.28M, units of 20 slots", size, 20, large, {}),
+        ("1.28M, units of 20 slots, 32 rows", size, 20, largest, narrow),
+        ("1.28M, static classes", size, 131, large, {"static": True}),
     ]
     found, baselines = {}, {}
     for name, slots, unit_slots, counts, options in series:
@@ -245,12 +250,23 @@ def _table(simulated: dict[str, list[dict[str, Any]]]) -> str:
             f"{one['seconds']:,.0f}",
             f"{one['to_finish']:,.0f}",
             f"{one['operations_per_unit']:.1f}",
+            f"{sum(one['operations'].values()) / one['seconds']:,.0f}",
             str(one["unpublished"]),
         ]
         for name, found in simulated.items()
         for one in found
     ]
-    header = ("series", "workers", "images each", "efficiency", "s", "s with start-up", "operations/unit", "missing")
+    header = (
+        "series",
+        "workers",
+        "images each",
+        "efficiency",
+        "s",
+        "s with start-up",
+        "operations/unit",
+        "operations/s",
+        "missing",
+    )
     return markdown_table(header, rows)
 
 
@@ -283,8 +299,9 @@ def main() -> None:
     if arguments.only != "simulated":
         result["measured"] = found = measure(repeats, slots)
         lines += [
-            f"measured: 2 processes {found['speedup']:.2f} x 1 (of {repeats}: {found['speedups']}), predicted "
-            f"{found['predicted_speedup']:.2f}; steps of all loops {found['steps']}, predicted {found['predicted_steps']}",
+            f"measured: 2 processes {found['speedup']:.2f} x 1 (of {repeats}: {found['speedups']})",
+            f"predicted: {found['predicted_speedup']:.2f} x 1",
+            f"steps of all loops by number of processes: {found['steps']}, predicted {found['predicted_steps']}",
             "",
         ]
     if arguments.only != "measured":
