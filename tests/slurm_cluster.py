@@ -44,7 +44,8 @@ def program(name):
 
 def libraries():
     """Return the folders of the unpacked libraries."""
-    return [folder for folder in (FOLDER / "usr" / "lib").glob("*-linux-gnu*") if folder.is_dir()]
+    places = (FOLDER / "usr" / "lib", FOLDER / "lib")
+    return [folder for place in places for folder in place.glob("*-linux-gnu*") if folder.is_dir()]
 
 
 def fetch():
