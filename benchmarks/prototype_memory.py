@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from engine.config import PrototypeConfig
-from engine.prototypes import make_prototypes, publish_prototypes
+from engine.prototype_files import publish_prototypes
+from engine.prototypes import make_prototypes
 from engine.telemetry import Progress
 
 SHAPE = (4, 64, 64)

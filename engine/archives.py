@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterable
 from typing import BinaryIO
+
+
+def size_of_tar(sizes: Iterable[int]) -> int:
+    """Return the bytes of an archive whose members have these sizes."""
+    blocks = sum(1 + -(-size // tarfile.BLOCKSIZE) for size in sizes) + 2  # a header each, two empty ones at the end
+    records = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE)
+    return records * tarfile.RECORDSIZE
 
 
 class TarStream:

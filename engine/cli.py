@@ -11,7 +11,9 @@ import dataclasses
 import errno
 import json
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -21,7 +23,9 @@ from pathlib import Path
 from engine import __version__
 from engine.cluster import STOP_SIGNALS, launched_rank
 from engine.records import StopRequested, UsageError
+from engine.run_commands import add_commands
 from engine.settings import load
+from engine.submission import batch_script, declare_options, read_options
 
 COMPLETE, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 75
 _GRACE = 8.0  # seconds in which a launcher ends the others, on a busy machine too
@@ -47,10 +51,10 @@ def _report(status: int, line: str) -> int:
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Run ``work`` and return the exit status that its outcome means."""
+    """Run ``work`` and return the exit status that its outcome means; a number that it returns is one."""
     try:
-        work()
-        return COMPLETE
+        result = work()
+        return result if isinstance(result, int) else COMPLETE
     except UsageError as error:
         return _report(UNUSABLE, f"retort: error: {error}")
     except StopRequested as error:
@@ -118,12 +122,21 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
     """Entry of ``engine/distill.py``: the main job, or with ``--dry-run`` its plan and cost."""
     parser = _run_parser("distill.py", "Distil a labelled image data set; resumes by the same command.")
     parser.add_argument("--dry-run", action="store_true", help="print configuration, plan and cost; write nothing")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run this stage only: prototypes, synthesize, select, finalize or report; several: repeat, or commas",
+    )
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
 
     def work() -> None:
         from engine.cluster import StopWatch, join_world
         from engine.config import RunConfig
+        from engine.stages import finish_only, need_models, read_stages
 
+        stages = read_stages(arguments.stage)
         config = load(RunConfig, arguments.config, arguments.overrides)
         if arguments.output is not None:
             config = dataclasses.replace(config, output=dataclasses.replace(config.output, path=arguments.output))
@@ -137,10 +150,13 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
         stop = StopWatch(Path(config.output.path) / "stop" if config.output.path else None)
         stop.listen()
         world = join_world(config.runtime.processes)
+        if not need_models(stages):
+            finish_only(config, world, stop, stages)
+            return
         from engine import pipeline
 
         stop.check()
-        pipeline.distill(config, world, stop)
+        pipeline.distill(config, world, stop, stages)
 
     return exit_status(work)
 
@@ -166,8 +182,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _select(arguments: argparse.Namespace) -> None:
-    from engine.cluster import StopWatch, World
+    from engine.cluster import StopWatch
     from engine.finishing import Finishing
+    from engine.leases import Leases
     from engine.run_record import read_record, reconfigure
 
     folder = Path(arguments.run)
@@ -175,9 +192,13 @@ def _select(arguments: argparse.Namespace) -> None:
     config = reconfigure(record, [*arguments.overrides, f"selection.name={json.dumps(arguments.name)}"])
     stop = StopWatch(folder / "stop")
     stop.listen()
-    finishing = Finishing(folder, record, config, World(), stop)
-    finishing.select()
-    finishing.finalize()
+    leases = Leases(folder, config.runtime)
+    finishing = Finishing(folder, record, config, leases, stop)
+    try:
+        finishing.select()
+        finishing.finalize()
+    finally:
+        leases.close()
     choices = [placed.choice for placed in finishing.placed()]
     print(
         f"selection {arguments.name!r}: {len(choices)} images, {sum(c.attempt > 0 for c in choices)} of them refined, "
@@ -212,6 +233,24 @@ def _prefetch(arguments: argparse.Namespace) -> None:
     prefetch(load(RunConfig, arguments.config, arguments.overrides))
 
 
+def _submit(arguments: argparse.Namespace) -> None:
+    from engine.config import RunConfig
+
+    job = read_options(arguments)
+    load(RunConfig, job.config, job.overrides)  # what is wrong is told now, not after hours in the queue
+    script = batch_script(job)
+    if arguments.dry_run:
+        print(script, end="")
+        return
+    if not shutil.which("sbatch"):
+        raise UsageError("sbatch: not on PATH; submit where SLURM is, or let --dry-run print the script")
+    job.logs_folder.mkdir(parents=True, exist_ok=True)  # SLURM drops a job silently whose log cannot be opened
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UsageError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    print(f"submitted job {done.stdout.strip()}; logs: {job.logs_folder}")
+
+
 def main_parser() -> argparse.ArgumentParser:
     """Return the parser of the ``retort`` command."""
     parser = argparse.ArgumentParser(
@@ -226,6 +265,7 @@ def main_parser() -> argparse.ArgumentParser:
     select.add_argument("--name", required=True, help="folder of the selection: RUN/selections/NAME")
     select.add_argument("overrides", nargs="*", metavar="selection.key=value", help="selection keys to change")
     select.set_defaults(work=_select)
+    add_commands(commands)
     doctor = commands.add_parser(
         "doctor", help="what this machine offers, and whether a run could start here", allow_abbrev=False
     )
@@ -239,6 +279,11 @@ def main_parser() -> argparse.ArgumentParser:
     prefetch.add_argument("config", metavar="CONFIG", help="YAML configuration of a run")
     prefetch.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration keys to change")
     prefetch.set_defaults(work=_prefetch)
+    submit = commands.add_parser(
+        "submit", help="write the SLURM batch script of a run and submit it", allow_abbrev=False
+    )
+    declare_options(submit)
+    submit.set_defaults(work=_submit)
     return parser
 
 

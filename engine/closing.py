@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from engine import imaging
+from engine.choices import Placed
 from engine.config import RunConfig
 from engine.contact_sheet import SheetRow, draw_contact_sheet
 from engine.detector import Classifier
-from engine.finishing import Finishing, Placed
-from engine.prototypes import read_prototypes
+from engine.finishing import Finishing
+from engine.prototype_files import read_prototypes
 from engine.publish import canonical_json, replace_bytes
 from engine.real_data import RealData, open_split
 from engine.run_record import RunRecord

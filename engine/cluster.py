@@ -47,7 +47,9 @@ def join_world(expected: int = 0) -> World:
     """Read rank and size from the launcher's variables and check them.
 
     ``expected`` is ``runtime.processes``; 0 accepts any number. Raises UsageError for a mismatch:
-    ``accelerate launch --cpu --num_processes 2``, for one, silently starts a single process.
+    ``accelerate launch --cpu --num_processes 2``, for one, silently starts a single process. A job step of SLURM
+    with several tasks must be one world, or the user must say that each task is a world of its own: Accelerate
+    reads no SLURM variables, so under bare ``srun`` every task takes itself for process 0 of 1.
     """
     try:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -61,7 +63,31 @@ def join_world(expected: int = 0) -> World:
             f"{size} process(es) launched; runtime.processes wants {expected} "
             "(on CPU: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N ...)"
         )
+    _check_slurm_step(rank, size, expected)
     return World(rank, size, local_rank)
+
+
+def _check_slurm_step(rank: int, size: int, expected: int) -> None:
+    """Compare the launcher's ranks with the tasks of the job step, if this process runs in one with several tasks.
+
+    torchrun and accelerate start one group of processes per task, other launchers one process per task.
+    """
+    job = find_slurm_job()
+    if job is None or job.step_tasks < 2:
+        return
+    given = {name: os.environ.get(name, "") for name in ("GROUP_RANK", "GROUP_WORLD_SIZE")}
+    has_groups = all(text.isdigit() for text in given.values())
+    group, groups = (int(text) for text in given.values()) if has_groups else (rank, size)
+    own_world = groups == 1 and expected == size  # the configuration says so
+    if own_world or (group, groups) == (job.step_task, job.step_tasks):
+        return
+    found = f"RANK={rank} WORLD_SIZE={size}" if has_rank() else "no RANK, no WORLD_SIZE"
+    found += f" GROUP_RANK={group} GROUP_WORLD_SIZE={groups}" if has_groups else ""
+    raise UsageError(
+        f"task {job.step_task} of {job.step_tasks} that srun started has {found}; allowed: independent tasks as an "
+        "array (launch/slurm_array.sbatch), one launcher a node with --machine_rank $SLURM_NODEID "
+        f"(launch/slurm_multinode.sbatch), or runtime.processes={size} where each task shall be a launch of its own"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +98,8 @@ class SlurmJob:
     array_task: str  # empty outside an array
     tasks: int
     nodes: str  # their names, as SLURM abbreviates them
+    step_task: int = 0  # among the tasks that one srun started
+    step_tasks: int = 1  # 1 in a batch script
 
 
 def find_slurm_job() -> SlurmJob | None:
@@ -80,7 +108,9 @@ def find_slurm_job() -> SlurmJob | None:
     if not job:
         return None
     task, nodes = os.environ.get("SLURM_ARRAY_TASK_ID", ""), os.environ.get("SLURM_JOB_NODELIST", "")
-    return SlurmJob(job, task, int(tasks) if tasks.isdigit() else 1, nodes)
+    step = (os.environ.get("SLURM_PROCID", ""), os.environ.get("SLURM_STEP_NUM_TASKS", ""))
+    step_task, step_tasks = (int(text) for text in step) if all(text.isdigit() for text in step) else (0, 1)
+    return SlurmJob(job, task, int(tasks) if tasks.isdigit() else 1, nodes, step_task, step_tasks)
 
 
 def has_rank() -> bool:
@@ -161,6 +191,16 @@ class StopWatch:
         """Raise StopRequested once anything asked this process to stop."""
         if self.requested():
             raise StopRequested(f"stopped early by {self.reason}; the same command continues")
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, and raise StopRequested within half a second as :meth:`check` does."""
+        end = self._clock() + seconds
+        while True:
+            self.check()
+            left = end - self._clock()
+            if left <= 0:
+                return
+            time.sleep(min(left, 0.5))
 
     def wait(self, condition: Callable[[], bool], poll_seconds: float) -> None:
         """Look at ``condition`` until it holds; raises StopRequested as :meth:`check` does."""

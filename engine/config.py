@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from engine.lease_rules import check_timing
 from engine.records import UsageError
 from engine.settings import RUNTIME, SELECTION, key, section
 
@@ -213,7 +214,11 @@ class RuntimeConfig:
         0, "threads that encode images beside the loop; 0: up to 8, as the CPU cores allow", kind=RUNTIME, low=0
     )
     processes: int = key(0, "number of processes that must have been launched; 0 accepts any", kind=RUNTIME, low=0)
-    poll_seconds: float = key(0.5, "wait between looks at the run folder", kind=RUNTIME, low=0.01)
+    poll_seconds: float = key(0.5, "shortest wait between looks at the run folder", kind=RUNTIME, low=0.01)
+    heartbeat_seconds: float = key(30.0, "time between renewals of the leases on work", kind=RUNTIME, low=0.01)
+    lease_seconds: float = key(
+        120.0, "time without renewal after which others take work over; at least 3 heartbeats", kind=RUNTIME, low=0.01
+    )
     progress_seconds: float = key(5.0, "time between progress lines", kind=RUNTIME, low=0.1)
 
 
@@ -246,6 +251,7 @@ def check_run(config: RunConfig) -> None:
             f"synthesis.strength: {config.synthesis.strength} of {config.synthesis.steps} steps runs none; "
             "allowed: steps x strength at least 1"
         )
+    check_timing(config.runtime.heartbeat_seconds, config.runtime.lease_seconds)
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", selection.name):
         raise UsageError(f"selection.name: {selection.name!r} given; allowed: 1 to 64 letters, digits, '_' and '-'")
 

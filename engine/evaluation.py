@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import imaging, prototypes, shards, students, workplan
+from engine import imaging, shards, students, workplan
 from engine.cluster import StopWatch, World, choose_device
 from engine.config import DataConfig
 from engine.finishing import open_pool
+from engine.prototype_files import read_prototypes
 from engine.publish import canonical_json, digest_bytes, publish_json, read_json, replace_bytes
 from engine.real_data import RealData, open_data, open_split
 from engine.records import UsageError
@@ -103,7 +104,7 @@ def read_nearest(data: RealData, run: Path) -> Labelled:
         raise UsageError(f"sets: {run} was made from other data than data.path; its nearest images are not here")
     images, labels = [], []
     for class_index in range(len(data.class_names)):
-        for position in prototypes.read_prototypes(run / "prototypes", class_index).nearest:
+        for position in read_prototypes(run / "prototypes", class_index).nearest:
             image = data.read(class_index, int(position))
             if image is not None:
                 images.append(image)

@@ -6,37 +6,36 @@ is bound to. Every shard is then a pure function of those lines and one position
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.cluster import StopWatch, World
+from engine.choices import ChoiceFile, Placed
+from engine.cluster import StopWatch
 from engine.config import RunConfig
+from engine.lease_rules import Work
+from engine.leases import Leases
 from engine.pool import Pool
-from engine.publish import digest_bytes, publish_json, publish_same, read_json, sweep_staged
-from engine.records import Attempt, Choice, Unit, UsageError, Verdict
+from engine.publish import digest_bytes, publish_json, publish_same, read_json, staged_file, sweep_staged
+from engine.records import Attempt, Choice, Unit, UsageError
 from engine.refinement import Policy
-from engine.run_record import RunRecord
+from engine.run_record import RunRecord, reconfigure
 from engine.selection import Rule, choose_for_class
 from engine.settings import SELECTION, flatten
-from engine.shards import SUMS, ShardSet, data_card, is_complete, plan_shards, publish_index, publish_shard, shard_name
-from engine.workplan import share
+from engine.shards import ShardSet, data_card, is_complete, publish_index, publish_shard, shard_lengths, shard_name
 
 DEFAULT_SELECTION = "default"
 _COMPLETE, _CHOICES = "COMPLETE", "choices.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A choice and where its image lies in the pool."""
+class Unfinished(UsageError):
+    """Units are missing; ``units`` says which."""
 
-    choice: Choice
-    unit: int
-    offset: int
-    size: int
-    sha256: str
+    def __init__(self, units: list[Unit], total: int) -> None:
+        super().__init__(f"{len(units)} of {total} units are not generated yet; finish the run first")
+        self.units = units
 
 
 def policy_of(config: RunConfig, *, selecting: bool) -> Policy:
@@ -48,7 +47,25 @@ def policy_of(config: RunConfig, *, selecting: bool) -> Policy:
 
 def open_pool(folder: Path, record: RunRecord) -> Pool:
     """Return the pool of a run."""
-    return Pool(folder / "pool", record.digest(), record.config["output.format"])
+    return Pool(
+        folder / "pool", record.digest(), record.config["output.format"], float(record.config["generation.beta"])
+    )
+
+
+def selections_of(folder: Path, record: RunRecord) -> list[tuple[str, RunConfig]]:
+    """Return name and configuration of every selection that lies in a run, with the settings it was made with.
+
+    Raises UsageError where these are damaged.
+    """
+    found = []
+    for path in sorted((folder / "selections").glob("*/")):
+        overrides = [f"selection.name={json.dumps(path.name)}"]
+        complete = path / _COMPLETE
+        if complete.exists():
+            settings = read_json(complete, "retort repair RUN moves it away").get("settings", {})
+            overrides += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        found.append((path.name, reconfigure(record, overrides)))
+    return found
 
 
 def selection_settings(config: RunConfig) -> dict[str, Any]:
@@ -62,8 +79,8 @@ def selection_settings(config: RunConfig) -> dict[str, Any]:
 class Finishing:
     """The last two stages of one selection of one run."""
 
-    def __init__(self, folder: Path, record: RunRecord, config: RunConfig, world: World, stop: StopWatch) -> None:
-        self._record, self._config, self._world, self._stop = record, config, world, stop
+    def __init__(self, folder: Path, record: RunRecord, config: RunConfig, leases: Leases, stop: StopWatch) -> None:
+        self._record, self._config, self._leases, self._stop = record, config, leases, stop
         self._pool = open_pool(folder, record)
         self._units = record.units()
         name = config.selection.name
@@ -71,14 +88,15 @@ class Finishing:
         self.folder = folder / "selections" / name
         self.shards_folder = folder / "shards" if name == DEFAULT_SELECTION else self.folder / "shards"
         self._last_read: tuple[int, list[list[Attempt]]] = (-1, [])
-        self._poll = config.runtime.poll_seconds
-        self._remedy = f"move {self.folder} and {self.shards_folder} away and run the same command again"
+        self._name = name
+        self._records = self.folder / "records"
+        self._remedy = f"retort repair {folder} moves what is wrong away, then run the same command again"
 
     def check(self) -> bool:
         """Return True where this selection is complete; raises UsageError where it was made with other settings."""
         if not (self.folder / _COMPLETE).exists():
             return False
-        complete = self._read_complete()
+        complete = self.read_complete()
         there, here = complete["settings"], selection_settings(self._config)
         differences = [f"{key}: {there.get(key)} there, {here[key]} now" for key in here if there.get(key) != here[key]]
         if differences:
@@ -86,11 +104,12 @@ class Finishing:
                 f"selection.name: {self._config.selection.name!r} exists with other settings "
                 f"({'; '.join(differences)}); give another selection.name"
             )
-        if not self._pool.missing(self._units) and complete["units_sha256"] != self._units_digest():
+        if not self._pool.missing(self._units) and complete["units_sha256"] != self.units_digest():
             raise UsageError(f"{self.folder}: units of the pool changed since this selection was made; {self._remedy}")
         return True
 
-    def _read_complete(self) -> dict[str, Any]:
+    def read_complete(self) -> dict[str, Any]:
+        """Return what the selection is bound to: its settings, the digests of its choices and of the pool's units."""
         content = read_json(self.folder / _COMPLETE, self._remedy)
         if (
             not isinstance(content, dict)
@@ -100,40 +119,98 @@ class Finishing:
             raise UsageError(f"{self.folder / _COMPLETE}: damaged; {self._remedy}")
         return content
 
-    def _units_digest(self) -> str:
+    def units_digest(self) -> str:
+        """Return one sha256 over the manifests of all units."""
         return digest_bytes("".join(self._pool.unit_digest(unit) for unit in self._units).encode())
 
     def is_finished(self) -> bool:
         """True where pool, selection and shards are complete; a pool that was removed as a whole is not missed."""
+        if not is_complete(self.shards_folder):  # asked first: the pool of a large run has many folders to list
+            return False
         whole = not self._pool.exists() or not self._pool.missing(self._units)
-        return whole and self.check() and is_complete(self.shards_folder)
+        return whole and self.check()
+
+    def await_input(self, stage: str) -> None:
+        """Wait for what ``stage`` needs while others work on it; raises UsageError where nobody does."""
+        if stage == "select" and not self.is_selected():
+            self._leases.await_input(
+                lambda: not self._pool.missing(self._units),
+                lambda: (
+                    f"--stage select: {len(self._pool.missing(self._units))} of {len(self._units)} units are not "
+                    "generated yet; run --stage prototypes,synthesize first"
+                ),
+                self._stop,
+            )
+        if stage == "finalize":
+            self._leases.await_input(
+                self.is_selected,
+                lambda: f"--stage finalize: {self.folder} holds no finished selection; run --stage select first",
+                self._stop,
+            )
+        if stage == "report":
+            self._leases.await_input(
+                lambda: is_complete(self.shards_folder),
+                lambda: f"--stage report: {self.shards_folder} is not finished; run --stage finalize first",
+                self._stop,
+            )
+
+    def _single(self, stage: str, name: str, published: Callable[[], bool]) -> Work:
+        """Return work of one item."""
+        return Work(
+            f"{stage}/{self._name}",
+            range(1),
+            lambda _: name,
+            lambda items: set(items) if published() else set(),
+            lambda _: published(),
+        )
+
+    def is_selected(self) -> bool:
+        """True where the selection is complete, whatever it was made with."""
+        return (self.folder / _COMPLETE).exists()
+
+    def is_reported(self) -> bool:
+        """True where the report is there: its summary is written last."""
+        return (self.report_folder / "summary.json").exists()
+
+    def report_work(self) -> Work:
+        """Return the report as one item."""
+        return self._single("report", "report", self.is_reported)
 
     def select(self) -> None:
-        """Choose one attempt for every slot (first process); the others wait for the result."""
+        """Choose one attempt for every slot, or wait for the process that does."""
         if self.check():
             return
-        if not self._world.is_first:
-            self._stop.wait(lambda: (self.folder / _COMPLETE).exists(), self._poll)
-            return
+        self._refuse_incomplete()
+        self._leases.work_off(self._single("select", "choices", self.is_selected), lambda _: self._select(), self._stop)
+        self.check()
+
+    def _refuse_incomplete(self) -> None:
         missing = self._pool.missing(self._units)
         if missing:
-            raise UsageError(f"{len(missing)} of {len(self._units)} units are not generated yet; finish the run first")
+            raise Unfinished(missing, len(self._units))
+
+    def _select(self) -> None:
+        self._refuse_incomplete()
         leftover = self.shards_folder.is_dir() and any(self.shards_folder.iterdir())
         # asked last: another launch may just have selected and begun its shards
-        if leftover and not (self.folder / _COMPLETE).exists():
+        if leftover and not self.is_selected():
             raise UsageError(f"{self.shards_folder}: left by a selection that is gone; {self._remedy}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = b"".join(json.dumps(asdict(placed), sort_keys=True).encode() + b"\n" for placed in self._choose())
-        publish_same(self.folder / _CHOICES, lines)
+        digest = hashlib.sha256()
+        with staged_file(self.folder / _CHOICES) as stream:
+            for line in self.choose():
+                digest.update(line)
+                stream.write(line)
         complete = {
-            "choices_sha256": digest_bytes(lines),
+            "choices_sha256": digest.hexdigest(),
             "identity": self._record.digest(),
             "settings": selection_settings(self._config),
-            "units_sha256": self._units_digest(),
+            "units_sha256": self.units_digest(),
         }
         publish_json(self.folder / _COMPLETE, complete)
 
-    def _choose(self) -> Iterator[Placed]:
+    def choose(self) -> Iterator[bytes]:
+        """Yield the lines of the choices, as the sidecars of the pool give them."""
         by_class: dict[int, list[Unit]] = {}
         for unit in self._units:
             by_class.setdefault(unit.class_index, []).append(unit)
@@ -145,17 +222,22 @@ class Finishing:
             units = sorted(by_class[class_index], key=lambda unit: unit.first_slot)
             slots = [attempts for unit in units for attempts in self._pool.read(unit)]
             owners = [unit.index for unit in units for _ in unit.slots]
+            kept = {unit.index: self._pool.kept(unit) for unit in units}  # None for what was never pruned
             for choice in choose_for_class(class_index, slots, policy, rule):
                 attempt = slots[choice.slot][choice.attempt]
-                yield Placed(choice, owners[choice.slot], attempt.offset, attempt.size, attempt.sha256)
+                left = kept[owners[choice.slot]]
+                if left is not None and attempt.offset not in left:
+                    raise self._pool.dropped(owners[choice.slot])
+                yield Placed(choice, owners[choice.slot], attempt.offset, attempt.size, attempt.sha256).encode()
+
+    def choices(self) -> ChoiceFile:
+        """Open the choices of this selection; raises UsageError where they do not match their digest."""
+        sha256, slots = self.read_complete()["choices_sha256"], self._record.plan["images_per_class"]
+        return ChoiceFile(self.folder / _CHOICES, sha256, _COMPLETE, slots, self._remedy)
 
     def placed(self) -> list[Placed]:
-        """Read the choices of this selection; raises UsageError where they do not match their digest."""
-        path = self.folder / _CHOICES
-        data = path.read_bytes() if path.exists() else b""
-        if digest_bytes(data) != self._read_complete()["choices_sha256"]:
-            raise UsageError(f"{path}: does not match {_COMPLETE}; {self._remedy}")
-        return [_parse(json.loads(line)) for line in data.splitlines()]
+        """Return the choices of this selection, class by class."""
+        return list(self.choices())
 
     def read_image(self, placed: Placed) -> bytes:
         """Return the encoded image of a choice."""
@@ -176,33 +258,66 @@ class Finishing:
         return self._last_read[1]
 
     def finalize(self) -> None:
-        """Write this process's share of the shards; the first process then waits for all and writes the indices."""
+        """Write the shards that nobody else writes, then the indices; returns when all of it is there."""
         if is_complete(self.shards_folder):
             sweep_staged(self.shards_folder)
             return
-        everything = self.placed()
-        images = {(item.choice.class_index, item.choice.slot): item for item in everything}
-        shards = plan_shards((item.choice for item in everything), self._config.output.samples_per_shard)
-        shared = self._shared()
-        for index in share(range(len(shards)), self._world.rank, self._world.size):
-            self._stop.check()
-            if not (self.shards_folder / shard_name(index)).exists():
-                publish_shard(
-                    self.shards_folder,
-                    index,
-                    shards[index],
-                    shared,
-                    lambda choice: self.read_image(images[choice.class_index, choice.slot]),
-                )
-        names = [self.shards_folder / shard_name(index) for index in range(len(shards))]
-        if self._world.is_first:
-            self._stop.wait(lambda: all(name.exists() for name in names), self._poll)
-            choices = [item.choice for item in everything]
-            publish_index(self.shards_folder, shards, data_card(self._title(), shared, choices, self._card_settings()))
-        else:
-            self._stop.wait(lambda: (self.shards_folder / SUMS).exists(), self._poll)
+        choices = self.choices()
+        lengths = self.lengths()
+        self._leases.work_off(self.shard_work(len(lengths)), lambda i: self._make_shard(i, choices), self._stop)
+        index = self._single("index", "index", lambda: is_complete(self.shards_folder))
+        self._leases.work_off(index, lambda _: self._write_index(choices, lengths), self._stop)
 
-    def _shared(self) -> ShardSet:
+    def lengths(self) -> list[int]:
+        """Return how many samples each shard holds."""
+        plan = self._record.plan
+        return shard_lengths(plan["num_classes"] * plan["images_per_class"], self._config.output.samples_per_shard)
+
+    def shard_work(self, count: int) -> Work:
+        """Return the shards as items; one counts when what it must hold is recorded beside the selection."""
+
+        def published(items: Sequence[int]) -> set[int]:
+            there = [
+                {p.name for p in f.iterdir()} if f.is_dir() else set() for f in (self.shards_folder, self._records)
+            ]
+            return {i for i in items if shard_name(i) in there[0] and self.record_path(i).name in there[1]}
+
+        def is_published(item: int) -> bool:
+            return self.record_path(item).exists() and (self.shards_folder / shard_name(item)).exists()
+
+        return Work(f"finalize/{self._name}", range(count), lambda i: f"shard-{i:06d}", published, is_published)
+
+    def record_path(self, index: int) -> Path:
+        """Return the file that records the digest of a finished shard."""
+        return self._records / f"{shard_name(index)}.sha256"
+
+    def read_record(self, index: int) -> str:
+        """Return the digest that a shard must have; empty where none is recorded."""
+        path = self.record_path(index)
+        return path.read_text(errors="replace").strip() if path.exists() else ""
+
+    def part(self, choices: ChoiceFile, index: int) -> tuple[list[Choice], Callable[[Choice], bytes]]:
+        """Return the choices of a shard, and what reads their images."""
+        size = self._config.output.samples_per_shard
+        images = {(p.choice.class_index, p.choice.slot): p for p in choices.part(index * size, (index + 1) * size)}
+        return [p.choice for p in images.values()], lambda c: self.read_image(images[c.class_index, c.slot])
+
+    def _make_shard(self, index: int, choices: ChoiceFile) -> None:
+        chosen, read_image = self.part(choices, index)
+        sha256 = publish_shard(self.shards_folder, index, chosen, self.shared(), read_image)
+        self._records.mkdir(exist_ok=True)
+        publish_same(self.record_path(index), f"{sha256}\n".encode())
+
+    def _write_index(self, choices: ChoiceFile, lengths: list[int]) -> None:
+        digests = [self.read_record(index) for index in range(len(lengths))]
+        publish_index(self.shards_folder, lengths, digests, self.card(choices))
+
+    def card(self, choices: ChoiceFile) -> bytes:
+        """Return the data card of these shards."""
+        return data_card(self._title(), self.shared(), (p.choice for p in choices), self._card_settings())
+
+    def shared(self) -> ShardSet:
+        """Return what all shards of this run share."""
         return ShardSet(
             class_names=self._record.class_names,
             wnids=self._record.wnids,
@@ -225,9 +340,3 @@ class Finishing:
         settings.update({f"{name} sha256": digest for name, digest in self._record.digests.items()})
         settings["seed"] = self._record.config["seed"]
         return settings
-
-
-def _parse(line: dict[str, Any]) -> Placed:
-    choice = dict(line["choice"])
-    choice.update(base=Verdict(**choice["base"]), chosen=Verdict(**choice["chosen"]))
-    return Placed(Choice(**choice), line["unit"], line["offset"], line["size"], line["sha256"])

@@ -264,14 +264,15 @@ def _launcher(findings: Findings) -> None:
     else:
         findings.ok("slurm", f"{found} on PATH, not inside a job" if found else "not here (no sbatch, no sinfo)")
     with findings.guard("launcher"):
-        world = join_world()
         if job and job.tasks > 1 and not has_rank():
             findings.note(
                 "launcher",
                 f"SLURM_NTASKS={job.tasks} but no RANK: under bare srun each task takes itself for the only one and "
                 "does the whole work; let srun start 'accelerate launch' or torchrun, and set runtime.processes",
             )
-        elif has_rank():
+            return
+        world = join_world()
+        if has_rank():
             findings.ok("launcher", f"this is process {world.rank} of {world.size}")
         else:
             findings.ok("launcher", "none: this is process 0 of 1; accelerate launch starts more")

@@ -2,32 +2,37 @@
 
 This is the only module that knows all stages. Each stage does what is missing and nothing else, so a
 start after an interruption, or beside other processes, needs no special case. Between stages a
-process waits by looking at the run folder; no collective call is made.
+process waits by looking at the run folder; no collective call is made. Work is claimed by leases, so
+whoever is there does it: processes of one launch, of several, or of a later one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from engine import closing
-from engine.cluster import StopWatch, World, spare_threads
+from engine.claims import Claims
+from engine.cluster import StopWatch, World, find_slurm_job, spare_threads
 from engine.config import RunConfig
 from engine.conveyor import Conveyor, PoolWriter
-from engine.finishing import Finishing, open_pool, policy_of
+from engine.finishing import Finishing, Unfinished, open_pool, policy_of
 from engine.generation import Producer
 from engine.image_making import ImageFormat, ImageMaker
 from engine.kernels import ran_out_of_memory
+from engine.leases import Leases
 from engine.preparation import Models, agree, load_models, make_guidance, make_solver, obey
-from engine.prototypes import count_skipped, is_published, make_prototypes, publish_prototypes, read_prototypes
+from engine.prototype_files import count_skipped, prototype_work, publish_prototypes, published_classes, read_prototypes
+from engine.prototypes import make_prototypes
 from engine.records import Unit, UsageError
 from engine.run_record import RunRecord, run_folder
+from engine.stages import STAGES
 from engine.synthesis import DenoisingLoop
 from engine.telemetry import EventLog, Progress, Stopclock, format_seconds
-from engine.workplan import share
 
 # of the loop's thread: work and, from "wait_" on, waiting; then of the threads beside it
 _SPANS = ("warm_up", "open", "denoise", "judge", "wait_encode", "wait_publish", "encode", "publish")
@@ -37,14 +42,25 @@ class Job:
     """One process's part in one run."""
 
     def __init__(
-        self, folder: Path, config: RunConfig, models: Models, record: RunRecord, world: World, stop: StopWatch
+        self,
+        folder: Path,
+        config: RunConfig,
+        models: Models,
+        record: RunRecord,
+        world: World,
+        leases: Leases,
+        stop: StopWatch,
     ) -> None:
         self._folder, self._config, self._models, self._record = folder, config, models, record
-        self._world, self._stop = world, stop
+        self._world, self._leases, self._stop = world, leases, stop
         self._units, self._pool = record.units(), open_pool(folder, record)
-        self._log = EventLog(folder / "logs", world.rank)
+        self._claims = leases.claims(self._pool.work(self._units))
+        self._log = EventLog(folder / "logs", world.rank, leases.me.token)
+        slurm = find_slurm_job()
+        task = slurm.array_task if slurm else ""
+        self._log.write("start", host=leases.me.host, pid=leases.me.pid, device=models.device, array_task=task)
         self.clock = Stopclock()
-        self.finishing = Finishing(folder, record, config, world, stop)
+        self.finishing = Finishing(folder, record, config, leases, stop)
 
     def _progress(self, label: str, total: int, unit: str, done: int) -> Progress:
         every = self._config.runtime.progress_seconds
@@ -56,39 +72,54 @@ class Job:
             work()
         self._log.write("stage", name=name, seconds=round(self.clock.seconds[name], 3), counts=dict(self.clock.counts))
 
+    def await_input(self, stage: str) -> None:
+        """Wait for what a stage needs while others work on it; raises UsageError where nobody does."""
+        folder, classes = self._folder / "prototypes", range(len(self._record.class_names))
+        if stage == "synthesize":
+            self._leases.await_input(
+                lambda: len(published_classes(folder, classes)) == len(classes),
+                lambda: (
+                    f"--stage synthesize: {len(classes) - len(published_classes(folder, classes))} of {len(classes)} "
+                    "classes have no prototypes yet; run --stage prototypes first"
+                ),
+                self._stop,
+            )
+        self.finishing.await_input(stage)
+
     def make_prototypes(self) -> None:
-        """Step 1: this process's share of the classes, then wait for all."""
-        folder, options = self._folder / "prototypes", self._config.prototypes
+        """Step 1: classes that nobody else does, until all are there."""
+        folder = self._folder / "prototypes"
         folder.mkdir(exist_ok=True)
         classes = range(len(self._record.class_names))
-        done = sum(is_published(folder, index) for index in classes)
-        progress = self._progress("prototypes", len(classes), "classes", done)
-        for class_index in share(classes, self._world.rank, self._world.size):
-            self._stop.check()
-            if is_published(folder, class_index):
-                continue
-            made = make_prototypes(
-                self._models.backend,
-                self._models.data,
-                class_index,
-                options,
-                batch=self._config.generator.vae_batch,
-                seed=self._config.seed,
-                device=self._models.device,
-                between_batches=self._stop.check,
-            )
-            for line in made.skipped:
-                self._log.write("skipped_image", reason=line)
-            publish_prototypes(folder, made)
+        progress = self._progress("prototypes", len(classes), "classes", len(published_classes(folder, classes)))
+
+        def show(claims: Claims) -> None:
             if progress.is_due():
-                progress.show(sum(is_published(folder, index) for index in classes))
-        self._stop.wait(lambda: all(is_published(folder, i) for i in classes), self._config.runtime.poll_seconds)
+                claims.look_around()
+                progress.show(len(claims.done))
+
+        self._leases.work_off(prototype_work(folder, len(classes)), self._make_class, self._stop, show)
         self._models.data.close()  # the decoding processes have nothing left to do
         progress.show(len(classes), final=True)
         if self._world.is_first:
             skipped = sum(count_skipped(folder, index) for index in classes)
             if skipped:
                 print(f"{skipped} real images could not be read; {folder}/class-*.json lists them", flush=True)
+
+    def _make_class(self, class_index: int) -> None:
+        made = make_prototypes(
+            self._models.backend,
+            self._models.data,
+            class_index,
+            self._config.prototypes,
+            batch=self._config.generator.vae_batch,
+            seed=self._config.seed,
+            device=self._models.device,
+            between_batches=self._stop.check,
+        )
+        for line in made.skipped:
+            self._log.write("skipped_image", reason=line)
+        publish_prototypes(self._folder / "prototypes", made)
 
     def _producer(self) -> tuple[Producer, DenoisingLoop, ImageMaker]:
         config, models = self._config, self._models
@@ -110,43 +141,57 @@ class Job:
 
     def _note_unit(self, unit: Unit) -> None:
         self._log.write("unit", index=unit.index, class_index=unit.class_index, first_slot=unit.first_slot)
+        self._claims.release(unit.index)
+
+    def _claimed(self, first: int) -> Iterator[Unit]:
+        """Yield a unit claimed before, then whatever can be claimed when the next is asked for."""
+        item: int | None = first
+        while item is not None:
+            yield self._units[item]
+            item = None if self._stop.requested() else self._claims.claim()
 
     def synthesize(self) -> None:
-        """Steps 2 to 4a: this process's share of the units, then wait for all."""
-        missing = self._pool.missing(self._units)
-        # shares are cut from the whole plan: what is missing looks different to each process
-        mine = self._pool.missing(share(self._units, self._world.rank, self._world.size))
+        """Steps 2 to 4a: units that nobody else does, until all are there."""
+        claims = self._claims = self._leases.claims(self._pool.work(self._units))
         total = sum(unit.num_slots for unit in self._units)
-        progress = self._progress("images", total, "slots", total - sum(unit.num_slots for unit in missing))
-        if mine:
-            producer, loop, maker = self._producer()
 
-            def between_steps() -> None:
-                self._stop.check()
-                if progress.is_due():  # counting lists the pool
-                    counts = self.clock.counts
-                    note = f"{counts['images']} images made, {counts['flagged']} bases flagged"
-                    progress.show(total - sum(unit.num_slots for unit in self._pool.missing(missing)), note)
+        def slots_done() -> int:
+            claims.look_around()
+            return sum(self._units[item].num_slots for item in claims.done)
 
-            try:
-                with producer:
-                    producer.run(iter(mine), self._prototypes_of, between_steps)
-            except RuntimeError as error:
-                if not ran_out_of_memory(error):
-                    raise
-                raise self._out_of_memory() from error
-            spans = {name: round(self.clock.seconds[name], 3) for name in _SPANS}
-            counts = dataclasses.asdict(loop.counts)
-            self._log.write("loop", **counts, occupancy=round(loop.counts.occupancy, 4), seconds=spans)
-            self._log.write("health", **maker.health)
-            for name, count in maker.health.items():
-                self.clock.add(name, count)
-            self.clock.counts["rows_used"], self.clock.counts["rows_total"] = (
-                loop.counts.rows_used,
-                loop.counts.rows_total,
-            )
-        self._stop.wait(lambda: not self._pool.missing(missing), self._config.runtime.poll_seconds)
+        progress = self._progress("images", total, "slots", slots_done())
+
+        def between_steps() -> None:
+            self._stop.check()
+            self._leases.check()
+            if progress.is_due():  # counting lists a folder of the pool
+                counts = self.clock.counts
+                progress.show(slots_done(), f"{counts['images']} images made, {counts['flagged']} bases flagged")
+
+        parts: tuple[Producer, DenoisingLoop, ImageMaker] | None = None
+        with contextlib.ExitStack() as closing_down:
+            for item in self._leases.take_turns(claims, self._stop):
+                if parts is None:
+                    parts = self._producer()
+                    closing_down.enter_context(parts[0])
+                try:
+                    parts[0].run(self._claimed(item), self._prototypes_of, between_steps)
+                except RuntimeError as error:
+                    if not ran_out_of_memory(error):
+                        raise
+                    raise self._out_of_memory() from error
+        if parts:
+            self._note_loop(*parts[1:])
         progress.show(total, f"{self.clock.counts['images']} images made by this process", final=True)
+
+    def _note_loop(self, loop: DenoisingLoop, maker: ImageMaker) -> None:
+        spans = {name: round(self.clock.seconds[name], 3) for name in _SPANS}
+        counts = dataclasses.asdict(loop.counts)
+        self._log.write("loop", **counts, occupancy=round(loop.counts.occupancy, 4), seconds=spans)
+        self._log.write("health", **maker.health)
+        for name, count in maker.health.items():
+            self.clock.add(name, count)
+        self.clock.counts["rows_used"], self.clock.counts["rows_total"] = loop.counts.rows_used, loop.counts.rows_total
 
     def _out_of_memory(self) -> UsageError:
         rows = int(self._record.decisions["rows"])
@@ -159,19 +204,31 @@ class Job:
         prototypes = read_prototypes(self._folder / "prototypes", unit.class_index)
         return prototypes.centroids[unit.first_slot : unit.first_slot + unit.num_slots]
 
+    def select(self) -> None:
+        """Step 4b. Units that were removed after their folder was marked complete are made first."""
+        try:
+            self.finishing.select()
+        except Unfinished as error:
+            self._claims.distrust(unit.index for unit in error.units)
+            self.synthesize()
+            self.finishing.select()
+
     def write_report(self) -> None:
-        """Write the contact sheet and the summary, and print what came out (first process)."""
-        if self._world.is_first:
+        """Write the contact sheet and the summary and print what came out, or wait for the process that does."""
+        made: list[str] = []
+
+        def write(_: int) -> None:
             models = self._models
             inputs = closing.ReportInputs(models.data, models.backend.channels, models.judge)
             report = closing.ClosingReport(self._folder, self._record, self._config, inputs, self.finishing)
-            for line in [
-                *report.write(),
-                *self._own_work(),
-                f"shards:        {self.finishing.shards_folder}",
-                f"contact sheet: {report.sheet_path}",
-            ]:
-                print(line, flush=True)
+            made.extend([*report.write(), *self._own_work(), f"shards:        {self.finishing.shards_folder}"])
+            made.append(f"contact sheet: {report.sheet_path}")
+
+        self._leases.work_off(self.finishing.report_work(), write, self._stop)
+        if not made and self._world.is_first:
+            made = [*self._own_work(), f"shards:        {self.finishing.shards_folder}"]
+        if made:
+            print("\n".join(made), flush=True)
 
     def _own_work(self) -> list[str]:
         made, counts = self.clock.counts["images"], self.clock.counts
@@ -191,23 +248,29 @@ class Job:
         return lines
 
 
-def distill(config: RunConfig, world: World, stop: StopWatch) -> None:
-    """Run the main job to its end, or raise UsageError or StopRequested."""
+def distill(config: RunConfig, world: World, stop: StopWatch, stages: Sequence[str] = STAGES) -> None:
+    """Run stages of the main job to their end, or raise UsageError or StopRequested."""
     folder = run_folder(config.output.path)
     models = load_models(config, world)
     stop.check()
     record = agree(folder, config, models, world, stop)
     obey(folder, config, models, record)
-    job = Job(folder, config, models, record, world, stop)
-    if job.finishing.is_finished() and (job.finishing.report_folder / "summary.json").exists():
-        if world.is_first:
-            print(f"{folder} is complete; nothing to do. Shards: {job.finishing.shards_folder}")
-        return
-    for name, work in (
-        ("prototypes", job.make_prototypes),
-        ("synthesize", job.synthesize),
-        ("select", job.finishing.select),
-        ("finalize", job.finishing.finalize),
-        ("report", job.write_report),
-    ):
-        job.stage(name, work)
+    leases = Leases(folder, config.runtime, world.rank)
+    try:
+        job = Job(folder, config, models, record, world, leases, stop)
+        if job.finishing.is_finished() and job.finishing.is_reported():
+            if world.is_first:
+                print(f"{folder} is complete; nothing to do. Shards: {job.finishing.shards_folder}")
+            return
+        work = {
+            "prototypes": job.make_prototypes,
+            "synthesize": job.synthesize,
+            "select": job.select,
+            "finalize": job.finishing.finalize,
+            "report": job.write_report,
+        }
+        for stage in stages:
+            job.await_input(stage)
+            job.stage(stage, work[stage])
+    finally:
+        leases.close()

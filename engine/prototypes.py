@@ -9,41 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load as parse_safetensors
-from safetensors.numpy import save as format_safetensors
 from torch import Tensor
 
 from engine.backends.interface import Backend
 from engine.config import PrototypeConfig
-from engine.publish import digest_bytes, publish_json, publish_same, read_json
+from engine.prototype_files import Prototypes
 from engine.real_data import RealData
 from engine.records import UsageError
 from engine.workplan import KMEANS_START, generator
 
 _RELOCATIONS = 10
 _NEIGHBOURS = 10  # of the Local Outlier Factor
-_REMEDY = "remove this class's files under RUN/prototypes and run the same command again"
-
-
-@dataclass(frozen=True)
-class Prototypes:
-    """The K prototypes of one class, the largest cluster first."""
-
-    class_index: int
-    centroids: np.ndarray  # (K, C, H, W) float32, the generator's latent scale
-    nearest: np.ndarray  # (K,) int64: position in the class of the real image nearest to the centroid
-    counts: np.ndarray  # (K,) int64: real images of the cluster
-    inertia: float  # sum of squared distances to the nearest centroid
-    num_images: int
-    skipped: tuple[str, ...]  # broken real images
-    outliers: int  # real images left out by the Local Outlier Factor
 
 
 @contextlib.contextmanager
@@ -277,73 +257,4 @@ def make_prototypes(
         num_images=len(positions),
         skipped=skipped,
         outliers=outliers,
-    )
-
-
-def _paths(folder: Path, class_index: int) -> tuple[Path, Path]:
-    stem = f"class-{class_index:05d}"
-    return folder / f"{stem}.safetensors", folder / f"{stem}.json"
-
-
-def is_published(folder: Path, class_index: int) -> bool:
-    """True where the prototypes of a class are complete: their manifest, written last, is there."""
-    return _paths(folder, class_index)[1].exists()
-
-
-def _read_manifest(folder: Path, class_index: int) -> dict[str, Any]:
-    path = _paths(folder, class_index)[1]
-    manifest = read_json(path, _REMEDY)
-    if (
-        not isinstance(manifest, dict)
-        or not {"sha256", "inertia", "num_images", "skipped", "outliers"} <= manifest.keys()
-    ):
-        raise UsageError(f"{path}: damaged; {_REMEDY}")
-    return manifest
-
-
-def count_skipped(folder: Path, class_index: int) -> int:
-    """Return how many broken real images the manifest of a class lists."""
-    return len(_read_manifest(folder, class_index)["skipped"])
-
-
-def publish_prototypes(folder: Path, prototypes: Prototypes) -> None:
-    """Write tensors, then the manifest with their digest."""
-    tensors, manifest = _paths(folder, prototypes.class_index)
-    data = format_safetensors(
-        {
-            "centroids": np.ascontiguousarray(prototypes.centroids),
-            "nearest": np.ascontiguousarray(prototypes.nearest),
-            "counts": np.ascontiguousarray(prototypes.counts),
-        }
-    )
-    publish_same(tensors, data)
-    content = {
-        "class_index": prototypes.class_index,
-        "inertia": prototypes.inertia,
-        "num_images": prototypes.num_images,
-        "sha256": digest_bytes(data),
-        "size": len(data),
-        "skipped": list(prototypes.skipped),
-        "outliers": prototypes.outliers,
-    }
-    publish_json(manifest, content)
-
-
-def read_prototypes(folder: Path, class_index: int) -> Prototypes:
-    """Read what :func:`publish_prototypes` wrote; raises UsageError where its digest does not hold."""
-    path, _ = _paths(folder, class_index)
-    manifest = _read_manifest(folder, class_index)
-    data = path.read_bytes() if path.exists() else b""
-    if digest_bytes(data) != manifest["sha256"]:
-        raise UsageError(f"{path}: content does not match its manifest; {_REMEDY}")
-    tensors = parse_safetensors(data)
-    return Prototypes(
-        class_index=class_index,
-        centroids=tensors["centroids"],
-        nearest=tensors["nearest"],
-        counts=tensors["counts"],
-        inertia=manifest["inertia"],
-        num_images=manifest["num_images"],
-        skipped=tuple(manifest["skipped"]),
-        outliers=manifest["outliers"],
     )

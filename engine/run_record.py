@@ -99,8 +99,10 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: is a file; give a folder that is new, empty or a run")
     if folder.is_dir():
+        # "logs": a scheduler opens its logs before the run is created
+        before = ("stop", "logs")
         foreign = sorted(
-            p.name for p in folder.iterdir() if not p.name.startswith(f".{RUN_FILE}.") and p.name != "stop"
+            p.name for p in folder.iterdir() if not p.name.startswith(f".{RUN_FILE}.") and p.name not in before
         )
         if foreign and not (folder / RUN_FILE).exists():  # asked last: another process may be creating it
             raise UsageError(

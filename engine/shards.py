@@ -6,10 +6,12 @@ each shard holds all classes. Nothing here holds a time, a host, a path or a wor
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from engine.archives import TarStream
 from engine.publish import canonical_json, digest_bytes, digest_file, publish_same, staged_file, sweep_staged
@@ -37,10 +39,10 @@ def shard_name(index: int) -> str:
     return f"train-{index:06d}.tar"
 
 
-def plan_shards(choices: Iterable[Choice], samples_per_shard: int) -> list[list[Choice]]:
-    """Order choices by slot, then class, and cut them into shards."""
-    ordered = sorted(choices, key=lambda choice: (choice.slot, choice.class_index))
-    return [ordered[start : start + samples_per_shard] for start in range(0, len(ordered), samples_per_shard)]
+def shard_lengths(samples: int, samples_per_shard: int) -> list[int]:
+    """Return how many samples each shard holds."""
+    full, rest = divmod(samples, samples_per_shard)
+    return [samples_per_shard] * full + [rest] * (rest > 0)
 
 
 def describe(choice: Choice, shared: ShardSet) -> dict[str, Any]:
@@ -67,31 +69,70 @@ def describe(choice: Choice, shared: ShardSet) -> dict[str, Any]:
     }
 
 
+class _Hashing(io.RawIOBase):
+    """A file that only keeps the digest of what is written into it, front to back."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: Any) -> int:
+        """Add ``data`` to the digest."""
+        self.sha256.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Return the bytes written so far."""
+        return self._size
+
+
+def _write(
+    stream: BinaryIO, choices: Sequence[Choice], shared: ShardSet, read_image: Callable[[Choice], bytes]
+) -> None:
+    tar = TarStream(stream)
+    for choice in choices:
+        key = sample_key(choice.class_index, choice.slot)
+        tar.add(f"{key}.cls", str(choice.class_index).encode())
+        tar.add(f"{key}.json", canonical_json(describe(choice, shared)))
+        tar.add(f"{key}.{shared.image_format}", read_image(choice))
+    tar.close()
+
+
 def publish_shard(
     folder: Path, index: int, choices: Sequence[Choice], shared: ShardSet, read_image: Callable[[Choice], bytes]
-) -> None:
-    """Write one shard; ``read_image`` returns the encoded image of a choice."""
+) -> str:
+    """Write one shard and return its sha256; ``read_image`` returns the encoded image of a choice.
+
+    Raises UsageError where the shard is there with other content than the choices give.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with staged_file(folder / shard_name(index)) as stream:
-        tar = TarStream(stream)
-        for choice in choices:
-            key = sample_key(choice.class_index, choice.slot)
-            tar.add(f"{key}.cls", str(choice.class_index).encode())
-            tar.add(f"{key}.json", canonical_json(describe(choice, shared)))
-            tar.add(f"{key}.{shared.image_format}", read_image(choice))
-        tar.close()
+    target = folder / shard_name(index)
+    with staged_file(target) as stream:
+        _write(stream, choices, shared, read_image)
+    return digest_file(target)
 
 
-def data_card(title: str, shared: ShardSet, choices: Sequence[Choice], settings: dict[str, Any]) -> bytes:
+def derive_digest(choices: Sequence[Choice], shared: ShardSet, read_image: Callable[[Choice], bytes]) -> str:
+    """Return the sha256 that a shard of these choices must have, without writing it."""
+    hashing = _Hashing()
+    _write(cast(BinaryIO, hashing), choices, shared, read_image)
+    return hashing.sha256.hexdigest()
+
+
+def data_card(title: str, shared: ShardSet, choices: Iterable[Choice], settings: dict[str, Any]) -> bytes:
     """Return README.md: Hugging Face metadata with the class names, then what the set is and how it was made."""
+    total = qualified = refined = 0
+    for choice in choices:
+        example, total = choice, total + 1
+        qualified += choice.qualified
+        refined += choice.attempt > 0
     names = "\n".join(f"          '{index}': {_quoted(name)}" for index, name in enumerate(shared.class_names))
     fields = "\n".join(
         f"    - name: {name}\n      dtype: {_HF_TYPES[type(value)]}"
-        for name, value in describe(choices[0], shared).items()
+        for name, value in describe(example, shared).items()
     )
     num_classes = len(shared.class_names)
-    qualified = sum(choice.qualified for choice in choices)
-    refined = sum(choice.attempt > 0 for choice in choices)
     rows = "\n".join(f"| `{key}` | {value} |" for key, value in sorted(settings.items()))
     return f"""---
 configs:
@@ -117,11 +158,11 @@ task_categories:
 
 # {title}
 
-{len(choices)} synthetic images, {len(choices) // num_classes} for each of {num_classes} classes, distilled from real
+{total} synthetic images, {total // num_classes} for each of {num_classes} classes, distilled from real
 images by a diffusion model and refined with a detector (Retort; method of arXiv 2507.13074).
 
-* {refined} images are refined candidates, {len(choices) - refined} are base images.
-* {qualified} images pass the detector at the threshold below; {len(choices) - qualified} are the best attempt of a slot
+* {refined} images are refined candidates, {total - refined} are base images.
+* {qualified} images pass the detector at the threshold below; {total - qualified} are the best attempt of a slot
   where none passed (`qualified: false`).
 * No safety checker was run on these images.
 
@@ -135,25 +176,40 @@ def _quoted(name: str) -> str:
     return "'" + name.replace("'", "''") + "'"
 
 
-def publish_index(folder: Path, shards: Sequence[Sequence[Choice]], card: bytes) -> None:
-    """Write the indices of timm and open_clip, the data card, and last SHA256SUMS over everything."""
-    names = [shard_name(index) for index in range(len(shards))]
+def publish_index(folder: Path, lengths: Sequence[int], digests: Sequence[str], card: bytes) -> None:
+    """Write the indices of timm and open_clip, the data card, and last SHA256SUMS over everything.
+
+    ``lengths`` and ``digests`` are what each shard must have; raises UsageError, and writes nothing, where one is
+    missing or has other content.
+    """
+    names = [shard_name(index) for index in range(len(lengths))]
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
         raise UsageError(f"{folder}: {', '.join(absent[:5])} missing; run the same command again")
-    lengths = [len(part) for part in shards]
-    split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+    sums = dict(zip(names, digests, strict=True))
+    for name, digest in sums.items():
+        if digest_file(folder / name) != digest:
+            raise UsageError(
+                f"{folder / name}: is not what its selection gives; retort repair RUN moves it away, then run the same "
+                "command again"
+            )
+    for name, data in index_files(lengths, digests, card).items():
+        publish_same(folder / name, data)
+    sweep_staged(folder)
+
+
+def index_files(lengths: Sequence[int], digests: Sequence[str], card: bytes) -> dict[str, bytes]:
+    """Return the files beside the shards by name, SHA256SUMS last."""
+    names = [shard_name(index) for index in range(len(lengths))]
+    split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": list(lengths)}
     files = {
         "README.md": card,
         "_info.json": canonical_json({"splits": {"train": split}}),
         "sizes.json": canonical_json(dict(zip(names, lengths, strict=True))),
     }
-    sums = {name: digest_file(folder / name) for name in names}
-    for name, data in files.items():
-        publish_same(folder / name, data)
-        sums[name] = digest_bytes(data)
-    publish_same(folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode())
-    sweep_staged(folder)
+    sums = {**dict(zip(names, digests, strict=True)), **{name: digest_bytes(data) for name, data in files.items()}}
+    files[SUMS] = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+    return files
 
 
 def is_complete(folder: Path) -> bool:

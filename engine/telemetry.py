@@ -104,11 +104,14 @@ class Progress:
 
 
 class EventLog:
-    """Appends one JSON object a line to ``RUN/logs/rank-NNNNN.jsonl``; times live here, never in results."""
+    """Appends one JSON object a line to ``RUN/logs/rank-NNNNN-WORKER.jsonl``; times live here, never in results.
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    Several launches may work on one run, each with a rank 0: ``worker`` tells their files apart.
+    """
+
+    def __init__(self, folder: Path, rank: int, worker: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"rank-{rank:05d}.jsonl"
+        self._path = folder / f"rank-{rank:05d}{f'-{worker}' if worker else ''}.jsonl"
 
     def write(self, event: str, **fields: Any) -> None:
         """Append an event with the wall-clock time in seconds since 1970."""

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes ${RETORT_VENV:-.venv} and installs this checkout into it.
 prepare_environment() { # $1: extras, such as "[dev]"
   local venv="${RETORT_VENV:-.venv}"

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import numpy as np
 
 from engine import imaging
-from engine.cluster import StopWatch, World
+from engine.cluster import StopWatch
 from engine.config import DetectorConfig, RunConfig
 from engine.detector import Classifier
 from engine.finishing import Finishing, open_pool, policy_of
 from engine.labels import read_class_list
+from engine.leases import Leases
 from engine.pool import MadeImage
 from engine.records import Attempt, AttemptKey, Unit, Verdict
 from engine.refinement import Policy, next_attempts
@@ -132,9 +133,14 @@ def fill_pool(folder, record: RunRecord, config: RunConfig, *, leave_out: int = 
         pool.publish(unit, make_unit_images(unit, policy_of(config, selecting=False)))
 
 
-def finish(folder, record: RunRecord, config: RunConfig, *, rank=0, size=1) -> Finishing:
-    """Select and finalize as process ``rank`` of ``size``."""
-    finishing = Finishing(folder, record, config, World(rank, size), StopWatch())
+def open_finishing(folder, record: RunRecord, config: RunConfig) -> Finishing:
+    """Return the last stages of a run, as a process of its own would see them."""
+    return Finishing(folder, record, config, Leases(folder, config.runtime), StopWatch())
+
+
+def finish(folder, record: RunRecord, config: RunConfig) -> Finishing:
+    """Select and finalize."""
+    finishing = open_finishing(folder, record, config)
     finishing.select()
     finishing.finalize()
     return finishing

@@ -27,7 +27,7 @@ from engine.telemetry import EventLog, Progress, Stopclock, format_seconds
 from engine.workplan import plan_units, sample_key, share, start_noise
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_CPU", "GROUP_RANK", "GROUP_WORLD_SIZE")
 
 
 class Clock:
@@ -434,6 +434,48 @@ def test_another_number_of_processes_than_wanted_is_refused(launched, expected, 
     environment(RANK="0", WORLD_SIZE=launched)
     with pytest.raises(UsageError, match=rf"{launched} process\(es\) launched; runtime.processes wants {expected}"):
         join_world(expected)
+
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 1),  # independent workers on purpose
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 0),  # srun itself as the launcher
+        ({"RANK": "6", "WORLD_SIZE": "8", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}, 0),  # one launcher a node
+        ({"RANK": "2", "WORLD_SIZE": "4", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}, 4),  # independent launchers
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 0),
+        ({"SLURM_STEP_NUM_TASKS": ""}, 0),  # a batch script: its SLURM_NTASKS is not the number of its processes
+    ],
+)
+def test_ranks_that_agree_with_the_job_step_are_accepted(variables, expected, environment):
+    environment(**{**STEP, **variables})
+    assert join_world(expected).rank == int(variables.get("RANK", "0"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, "no RANK, no WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK=0 WORLD_SIZE=1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 WORLD_SIZE=2"),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "RANK=1 WORLD_SIZE=4"),
+        (
+            {"RANK": "3", "WORLD_SIZE": "8", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"},
+            "RANK=3 WORLD_SIZE=8 GROUP_RANK=0 GROUP_WORLD_SIZE=2",
+        ),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"},
+            "RANK=3 WORLD_SIZE=4 GROUP_RANK=0 GROUP_WORLD_SIZE=1",
+        ),
+    ],
+)
+def test_ranks_that_contradict_the_job_step_are_refused(variables, found, environment):
+    environment(**{**STEP, **variables})
+    with pytest.raises(UsageError, match=f"^task 1 of 2 that srun started has {found}; allowed: independent tasks"):
+        join_world()
 
 
 def test_the_cpu_is_chosen_where_it_is_asked_for(environment):

@@ -10,7 +10,8 @@ from real_images import idx_bytes
 from engine import workplan
 from engine.backends import open_backend
 from engine.config import DataConfig, GeneratorConfig, KernelConfig, PrototypeConfig
-from engine.prototypes import encode_class, kmeans, make_prototypes, publish_prototypes, read_prototypes
+from engine.prototype_files import publish_prototypes, read_prototypes
+from engine.prototypes import encode_class, kmeans, make_prototypes
 from engine.real_data import open_data
 from engine.records import UsageError
 

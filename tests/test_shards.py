@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from builders import draw_verdict, fill_pool, finish, make_config, make_image, make_record, make_unit_images
+from builders import (
+    draw_verdict,
+    fill_pool,
+    finish,
+    make_config,
+    make_image,
+    make_record,
+    make_unit_images,
+    open_finishing,
+)
 
 from engine import finishing as finishing_module
 from engine import imaging
-from engine.cluster import StopWatch, World
-from engine.finishing import Finishing, open_pool, policy_of
+from engine.finishing import open_pool, policy_of
 from engine.records import Choice, UsageError, Verdict
-from engine.shards import ShardSet, data_card, describe, plan_shards
+from engine.shards import ShardSet, data_card, describe, shard_lengths
 
 CLASSES, SLOTS = 3, 5
 SHARDS = [f"train-{index:06d}.tar" for index in range(4)]
@@ -156,7 +164,7 @@ def test_the_card_carries_the_class_names(finished, record):
     names = label["dtype"]["class_label"]["names"]
     assert names == {str(index): name for index, name in enumerate(record.class_names)}
     types = {field["name"]: field["dtype"] for field in meta["struct"]}
-    sample = describe(finished.placed()[0].choice, finished._shared())
+    sample = describe(finished.placed()[0].choice, finished.shared())
     assert types.keys() == sample.keys()
     assert (types["slot"], types["confidence"], types["qualified"], types["wnid"]) == (
         "int64",
@@ -207,37 +215,46 @@ def test_nothing_tells_where_or_when_the_shards_were_made(tmp_path, monkeypatch)
         assert facts == {(0, 0, 0, "", "", 0o444)}
 
 
-def test_plan_orders_by_slot_then_class_and_cuts():
-    verdict = Verdict(0, 1.0, 1.0)
-    choices = [Choice(c, s, 0, True, 0.0, 1, verdict, verdict) for c in (2, 0, 1) for s in (1, 0)]
-    shards = plan_shards(iter(choices), 4)
-    assert [[(choice.slot, choice.class_index) for choice in shard] for shard in shards] == [
-        [(0, 0), (0, 1), (0, 2), (1, 0)],
-        [(1, 1), (1, 2)],
-    ]
-    assert [len(shard) for shard in plan_shards(choices, 3)] == [3, 3]
+def test_shards_are_cut_at_a_fixed_number_of_samples():
+    assert shard_lengths(6, 4) == [4, 2]
+    assert shard_lengths(6, 3) == [3, 3]
+    assert shard_lengths(2, 3) == [2]
+
+
+def test_choices_come_in_shard_order_whatever_part_is_read(finished):
+    choices = finished.choices()
+    everything = [(p.choice.slot, p.choice.class_index) for p in choices.part(0, 99)]
+    assert everything == [(slot, class_index) for slot in range(SLOTS) for class_index in range(CLASSES)]
+    parts = [p for start in range(0, 15, 4) for p in choices.part(start, start + 4)]
+    assert parts == choices.part(0, 15)
+    assert sorted(parts, key=lambda p: (p.choice.class_index, p.choice.slot)) == list(choices)
 
 
 # ---- nothing but the selection decides the bytes -----------------------------------------------------------
 
 
-def test_two_processes_make_what_one_makes(finished, tmp_path, record, config):
-    fill_pool(tmp_path / "two", record, config)
-    other = threading.Thread(target=finish, args=(tmp_path / "two", record, config), kwargs={"rank": 1, "size": 2})
-    other.start()  # waits for the selection of the first
-    two = finish(tmp_path / "two", record, config, rank=0, size=2)
-    other.join(10)
-    assert not other.is_alive()
-    assert contents(two.shards_folder) == contents(finished.shards_folder)
+def test_processes_that_share_the_work_make_what_one_makes(finished, tmp_path, record, config):
+    fill_pool(tmp_path / "shared", record, config)
+    others = [threading.Thread(target=finish, args=(tmp_path / "shared", record, config)) for _ in range(3)]
+    for other in others:
+        other.start()
+    shared = finish(tmp_path / "shared", record, config)
+    for other in others:
+        other.join(20)
+        assert not other.is_alive()
+    assert contents(shared.shards_folder) == contents(finished.shards_folder)
+    assert contents(shared.folder) == contents(finished.folder)
 
 
-def test_each_process_makes_its_own_share(run, record, config, monkeypatch):
-    second = Finishing(run, record, config, World(1, 2), StopWatch())
-    Finishing(run, record, config, World(0, 2), StopWatch()).select()
-    second.select()
-    monkeypatch.setattr(StopWatch, "wait", lambda *_: None)
-    second.finalize()
-    assert sorted(p.name for p in second.shards_folder.iterdir()) == [SHARDS[1], SHARDS[3]]
+def test_each_shard_is_made_by_one_process(run, record, config, monkeypatch):
+    made, original = [], finishing_module.publish_shard
+    monkeypatch.setattr(finishing_module, "publish_shard", lambda *a: made.append(a[1]) or original(*a))
+    workers = [threading.Thread(target=finish, args=(run, record, config)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(20)
+    assert sorted(made) == [0, 1, 2, 3]
 
 
 def test_a_run_made_elsewhere_gives_the_same_bytes(finished, tmp_path, record, config):
@@ -271,7 +288,7 @@ def test_a_deleted_shard_alone_is_made_again(finished, run, record, config, monk
 
 
 def test_a_selection_that_another_launch_just_finished_is_no_leftover(finished, run, record, config, monkeypatch):
-    late = Finishing(run, record, config, World(), StopWatch())
+    late = open_finishing(run, record, config)
     monkeypatch.setattr(late, "check", lambda: False)  # it looked a moment too early
     before = contents(run)
     late.select()
@@ -330,7 +347,7 @@ def test_the_same_name_with_other_settings_is_refused(finished, run, record, sec
 
 
 def test_a_null_and_the_value_it_stands_for_are_the_same_settings(finished, run, record):
-    assert Finishing(run, record, make_config(selection={"beta": 0.7, "top_k": 2}), World(), StopWatch()).is_finished()
+    assert open_finishing(run, record, make_config(selection={"beta": 0.7, "top_k": 2})).is_finished()
 
 
 # ---- refused, or found ------------------------------------------------------------------------------------
@@ -359,7 +376,7 @@ def test_missing_choices_are_found(finished, run, record, config):
 
 
 def test_choices_of_another_unfinished_selection_are_not_taken_over(run, record, config):
-    finishing = Finishing(run, record, config, World(), StopWatch())
+    finishing = open_finishing(run, record, config)
     finishing.folder.mkdir(parents=True)
     (finishing.folder / "choices.jsonl").write_bytes(b"{}\n")
     with pytest.raises(UsageError, match="is there with other content than this run makes"):
@@ -376,17 +393,17 @@ def test_a_selection_interrupted_before_its_end_continues(finished, run, record,
 
 
 def test_a_damaged_image_stops_its_shard(run, record, config):
-    finishing = Finishing(run, record, config, World(), StopWatch())
+    finishing = open_finishing(run, record, config)
     finishing.select()
     placed = next(item for item in finishing.placed() if (item.choice.class_index, item.choice.slot) == (1, 2))
-    path = open_pool(run, record)._path(placed.unit, "tar")
+    path = open_pool(run, record).path(placed.unit, "tar")
     data = bytearray(path.read_bytes())
     data[placed.offset + 20] ^= 1
     path.write_bytes(data)
     with pytest.raises(UsageError, match=rf"{path.name}: the image at byte {placed.offset}"):
         finishing.finalize()
-    # slot 2 of class 1 is sample 7, so the second shard is the one that is missing
-    assert [p.name for p in finishing.shards_folder.iterdir()] == [SHARDS[0]]
+    # slot 2 of class 1 is sample 7, so the second shard is the one that can never be there
+    assert SHARDS[1] not in [p.name for p in finishing.shards_folder.iterdir()]
 
 
 def test_base_of_finds_the_base_of_every_slot(finished):
@@ -413,11 +430,11 @@ def test_shards_of_a_removed_selection_are_not_taken_for_those_of_the_next(finis
 def test_a_unit_that_changed_invalidates_its_selections(finished, run, record, config):
     pool, unit = open_pool(run, record), record.units()[0]
     for suffix in ("tar", "safetensors", "json"):
-        pool._path(unit, suffix).unlink()
+        pool.path(unit, suffix).unlink()
     images = make_unit_images(unit, policy_of(config, selecting=False))
     pool.publish(unit, [replace(image, feature=image.feature + 1) for image in images])
     try:
-        assert not Finishing(run, record, config, World(), StopWatch()).is_finished()
+        assert not open_finishing(run, record, config).is_finished()
     except UsageError:
         return
 
