@@ -9,11 +9,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine.cluster import StopWatch  # noqa: E402
-from engine.config import RuntimeConfig  # noqa: E402
-from engine.lease_rules import Work  # noqa: E402
-from engine.leases import Leases  # noqa: E402
-from engine.publish import publish_same  # noqa: E402
+from engine.cluster import StopWatch
+from engine.config import RuntimeConfig
+from engine.lease_rules import Work
+from engine.leases import Leases
+from engine.publish import publish_same
 
 
 def work_of(run: Path, count: int) -> Work:

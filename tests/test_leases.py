@@ -250,7 +250,7 @@ def test_processes_share_the_work_without_doing_any_of_it_twice(tmp_path):
     processes = start_claimers(tmp_path / "run", 3, 200, EXPIRY)
     claimed = [[int(line) for line in process.communicate(timeout=60)[0].split()] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert sorted(sum(claimed, [])) == list(range(200))
+    assert sorted(item for items in claimed for item in items) == list(range(200))
     assert all((tmp_path / "run" / f"{i}.out").read_text() == f"content of {i}" for i in range(200))
     assert not [p for p in (tmp_path / "run" / "leases").rglob("*") if p.is_file()]
 
