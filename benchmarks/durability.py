@@ -1,6 +1,6 @@
 """Whatever is killed, damaged, full or stopped: the same command finishes the run, byte for byte.
 
-    python benchmarks/durability.py                              # 200 kills at random, every step of publishing, damage ...
+    python benchmarks/durability.py                              # 200 random kills, every step, damage, disks, rivals
     python benchmarks/durability.py --kills 10 --steps 5         # a quick look
     python benchmarks/durability.py --launches 20                # and 20 kills under accelerate launch
 
@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,94 +31,22 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from engine import cli, finishing, pipeline
-from engine.claims import Claims
-from engine.closing import ClosingReport
-from engine.generation import Finisher
-from engine.pool import Pool
-from engine.repairing import repair
-from engine.synthesis import DenoisingLoop
-from engine.verification import Verifier
-
-CONFIG = str(ROOT / "configs" / "quickstart.yaml")
-SMALL = (
-    "prototypes.images_per_class=2",
-    "generation.max_candidates=2",
-    "generation.beta=0.9",
-    "generation.top_k=1",
-    "generation.unit_slots=1",
-    "synthesis.steps=6",
-    "synthesis.rows=8",
-    "data.classes=[0, 3, 6, 8]",
-    "detector.match=name",
-    "output.samples_per_shard=3",
-    "judge.path=",
-    "runtime.poll_seconds=0.02",
+from benchmarks.forked_runs import (
+    CONFIG,
+    PHASES,
+    SMALL,
+    UNITS,
+    finish,
+    shared,
+    start,
+    trace,
+    wait,
+    warm_up,
+    watch_phases,
 )
-UNITS = 8
-PHASES = ("start", "claim", "prototypes", "denoise", "judge", "publish", "select", "shard", "index", "report")
-_WATCHED = {"open", "os.link", "os.remove", "os.rename", "os.mkdir", "os.utime"}
-shared = mmap.mmap(-1, 2)  # [phase, whether anything was claimed yet], written by the worker, read by its parent
-
-
-def _during(owner: Any, name: str, phase: str) -> None:
-    """Let the parent see when a worker is inside ``owner.name``."""
-    original, code = getattr(owner, name), PHASES.index(phase)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before, shared[0] = shared[0], code
-        try:
-            return original(*args, **kwargs)
-        finally:
-            shared[0] = before
-            shared[1] = shared[1] or code == 1
-
-    setattr(owner, name, wrapped)
-
-
-def watch_phases() -> None:
-    """Install the marks of all phases; forked workers inherit them."""
-    for owner, name, phase in (
-        (Claims, "claim", "claim"),
-        (pipeline, "make_prototypes", "prototypes"),
-        (DenoisingLoop, "step", "denoise"),
-        (Finisher, "finish", "judge"),
-        (Pool, "publish", "publish"),
-        (finishing.Finishing, "_select", "select"),
-        (finishing, "publish_shard", "shard"),
-        (finishing, "publish_index", "index"),
-        (ClosingReport, "write", "report"),
-    ):
-        _during(owner, name, phase)
-
-
-def start(run: Path, *more: str, before: Callable[[], None] = lambda: None) -> int:
-    """Fork a worker that runs the main job; ``before`` is called in it first. Returns its process id."""
-    shared[0] = shared[1] = 0
-    child = os.fork()
-    if child:
-        return child
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    status = 1
-    try:
-        before()
-        status = cli.distill_main(["--config", CONFIG, "--output", str(run), *SMALL, *more])
-    finally:
-        os._exit(status)
-
-
-def wait(child: int) -> int:
-    """Return the exit status of a worker, negative for the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def finish(run: Path, *more: str) -> None:
-    """Start the main job until it ends by itself; raises SystemExit where it fails."""
-    status = wait(start(run, *more))
-    if status:
-        raise SystemExit(f"{run}: the same command ended with status {status}")
+from engine.claims import Claims
+from engine.repairing import repair
+from engine.verification import Verifier
 
 
 def complaints(run: Path, wanted: str) -> list[str]:
@@ -193,30 +118,6 @@ def kill_at_random(table: Table, kills: int, stream: random.Random) -> Counter[s
     return phases
 
 
-def _role(event: str, path: str) -> str:
-    """Return what an operation means: digits, tokens and temporary names are left out."""
-    name = path.rpartition("/")[2]
-    ending = " (temporary)" if name.endswith(".tmp") else ""
-    name = re.sub(r"\.[^.]+\.\d+\.[0-9a-f]{8}\.tmp$|\.[0-9a-f]{16}\.\d+\.tmp$", "", name).lstrip(".")
-    return f"{event} {re.sub(r'[0-9a-f]{16}', 'T', re.sub(r'[0-9]{3,}', 'N', name))}{ending}"
-
-
-def trace(run: Path, target: str = "", sink: int = -1) -> Callable[[], None]:
-    """Return what makes a worker tell its operations on ``run``, or kill itself just before ``target``."""
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _WATCHED and arguments and isinstance(arguments[0], (str, os.PathLike)):
-            path = os.fspath(arguments[0])
-            if path.startswith(str(run)):
-                role = _role(event, path)
-                if role == target:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                elif sink >= 0:
-                    os.write(sink, f"{role}\n".encode())
-
-    return lambda: sys.addaudithook(hook)
-
-
 def kill_at_steps(table: Table, limit: int) -> int:
     """Kill before each kind of operation that a run does on its files: each step of each publication and lease."""
     run = table.new_run()
@@ -238,8 +139,8 @@ def kill_at_steps(table: Table, limit: int) -> int:
 
 def damage(table: Table) -> None:
     """Cut and flip files of every kind; ``repair`` and the same command must bring them back."""
-    for pattern in ("prototypes/*.safetensors", "pool/0000/*.tar", "pool/0000/*.safetensors", "pool/0000/*.json",
-                    "selections/*/choices.jsonl", "selections/*/COMPLETE", "shards/*.tar", "shards/SHA256SUMS"):  # fmt: skip
+    places = "prototypes/*.safetensors pool/0000/*.tar pool/0000/*.safetensors pool/0000/*.json"
+    for pattern in f"{places} selections/*/choices.jsonl selections/*/COMPLETE shards/*.tar shards/SHA256SUMS".split():
         for kind in ("cut", "flipped"):
             run = table.new_run(copy=True)
             path = sorted(run.glob(pattern))[0]
@@ -250,6 +151,7 @@ def damage(table: Table) -> None:
             if not Verifier(run).run().faults:
                 raise SystemExit(f"{path}: damage was not found")
             repair(run)
+            shutil.rmtree(run / "logs")  # a damaged unit is rightly made again
             finish(run)
             table.judge(f"{kind}: {pattern}", run)
 
@@ -258,7 +160,9 @@ def rivals(table: Table) -> None:
     """Let two writers make every unit, and let a worker sleep beyond the expiry of its leases."""
 
     def everybody_wins() -> None:
-        Claims._take = lambda self, item: not self.work.is_published(item) and self._held.setdefault(item, os.dup(2)) > 0  # type: ignore[method-assign]
+        Claims._take = lambda self, item: (
+            not self.work.is_published(item) and self._held.setdefault(item, os.dup(2)) > 0
+        )  # type: ignore[method-assign]
 
     run = table.new_run()
     children = [start(run, before=everybody_wins) for _ in range(2)]
@@ -311,8 +215,8 @@ def disks(table: Table) -> None:
 
 def kill_launches(table: Table, kills: int, stream: random.Random) -> None:
     """Kill one of two workers under ``accelerate launch`` at random moments, then launch again."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-               "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "1"}
     for _ in range(kills):
         run = table.new_run()
@@ -321,7 +225,9 @@ def kill_launches(table: Table, kills: int, stream: random.Random) -> None:
         while not list(run.glob("logs/*.jsonl")) and launch.poll() is None:
             time.sleep(0.05)
         time.sleep(stream.uniform(0.0, 2.5))
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launch.pid)], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(launch.pid)], capture_output=True, text=True, check=False
+        )
         workers = [int(pid) for pid in found.stdout.split()]
         if workers:
             os.kill(stream.choice(workers), signal.SIGKILL)
@@ -356,6 +262,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)  # threads do not survive a fork
+    warm_up()
     watch_phases()
     stream, begin = random.Random(arguments.seed), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
