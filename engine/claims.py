@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.lease_rules import ITEMS_PER_FOLDER, Holder, LeaseFiles, Seen, Work, is_expired
 
-_MISSES = 8  # claims lost in a row after which a local list is too old to go on with
+_MISSES = 2  # claims lost in a row after which a local list is too old to go on with
 _VISITS, _WAITING_VISITS = 16, 4  # folders listed in vain before a claim gives up; the same for one who waits
 _SAMPLE = 16  # leases of others that one visit looks at
 DONE = ".done"  # ending of the mark that a folder of a stage is complete
@@ -47,6 +47,7 @@ class Claims:
         self._local: list[int] = []
         self._stale: list[tuple[int, Seen]] = []
         self._held: dict[int, Any] = {}
+        self._spare: tuple[str, Any] | None = None  # a file that will become a lease, within one claim
         self._holders: dict[tuple[str, int], Holder | None] = {}
         self._looked: dict[int, float] = {}  # folder -> when the leases of others were last looked at
         self._uses_marks = self.work.marked and len(self._folders) > 1
@@ -71,7 +72,16 @@ class Claims:
         no free item, the leases of others are looked at, and those of the dead are taken over. One who is
         ``waiting`` has claimed in vain before, and lists fewer folders.
         """
-        misses = visits = 0
+        try:
+            return self._claim(_WAITING_VISITS if waiting else _VISITS)
+        finally:
+            if self._spare:
+                self.files.unlink(self._spare[0])
+                self.files.close(self._spare[1])
+                self._spare = None
+
+    def _claim(self, visits: int) -> int | None:
+        misses, tried = 0, set[int]()
         while True:
             while self._local and misses < _MISSES:
                 item = self._local.pop()
@@ -82,14 +92,13 @@ class Claims:
                 item, seen = self._stale.pop()
                 if self._set_aside(item, seen) and self._take(item):
                     return item
-            if not visits and not misses:
+            if not tried and not misses:
                 self._read_marks()
-            if not self._order or visits >= min(_WAITING_VISITS if waiting else _VISITS, len(self._order)):
+            if not self._order or self._order[0] in tried or len(tried) >= visits:
                 return None
-            misses = 0
-            folder = self._order[0]
+            misses, folder = 0, self._order[0]
             if not self._visit(folder):
-                visits += 1
+                tried.add(folder)
                 if folder in self._folders:
                     self._order.append(self._order.pop(0))
 
@@ -141,17 +150,11 @@ class Claims:
         leased = set(self.files.names(self.work.folder(missing[0])))
         self._local = [item for item in missing if self.work.name(item) not in leased]
         self._random.shuffle(self._local)
-        if not self._local and self._may_look(folder):
+        if not self._local and self.clock() - self._looked.get(folder, -math.inf) >= self.expiry / 4:
             self._stale = self._find_stale(self._random.sample(missing, min(_SAMPLE, len(missing))))
+            if not self._stale:  # not again for a while; where one is dead, there may be more
+                self._looked[folder] = self.clock()
         return bool(self._local or self._stale)
-
-    def _may_look(self, folder: int) -> bool:
-        """True at the first call for a folder, and then four times within an expiry at most."""
-        now = self.clock()
-        if now - self._looked.get(folder, -math.inf) < self.expiry / 4:
-            return False
-        self._looked[folder] = now
-        return True
 
     def _path(self, item: int) -> str:
         return f"{self.work.folder(item)}/{self.work.name(item)}"
@@ -191,15 +194,19 @@ class Claims:
         return is_the_one
 
     def _take(self, item: int) -> bool:
-        path, own = self._path(item), self._own_name(item)
-        handle = self.files.create(own, self.me.encode(self.work.stage))
-        taken = self.files.link(own, path)
+        """Link a fresh file of this process to an item's lease; a file that met a rival's lease serves the next try."""
+        path = self._path(item)
+        if not self._spare:
+            own = self._own_name(item)
+            self._spare = own, self.files.create(own, self.me.encode(self.work.stage))
+        own, handle = self._spare
+        if not self.files.link(own, path):
+            return False
         self.files.unlink(own)
-        if taken and self.work.is_published(item):  # by one who released it after this folder was listed
+        self._spare = None
+        if self.work.is_published(item):  # by one who released it after this folder was listed
             self.done.add(item)
             self.files.unlink(path)
-            taken = False
-        if not taken:
             self.files.close(handle)
             return False
         with self._guard:

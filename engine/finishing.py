@@ -294,7 +294,7 @@ class Finishing:
     def read_record(self, index: int) -> str:
         """Return the digest that a shard must have; empty where none is recorded."""
         path = self.record_path(index)
-        return path.read_text(errors="replace").strip() if path.exists() else ""
+        return path.read_bytes().decode(errors="replace").removesuffix("\n") if path.exists() else ""
 
     def part(self, choices: ChoiceFile, index: int) -> tuple[list[Choice], Callable[[Choice], bytes]]:
         """Return the choices of a shard, and what reads their images."""

@@ -21,13 +21,13 @@ def status(arguments: argparse.Namespace) -> int:
         content: dict[str, Any] = found.as_json()
         if arguments.classes:
             content["classes"] = [inspection.flags_as_json(row) for row in flags]
-        if arguments.tasks:
+        if arguments.tasks and not found.complete:
             content["array"] = found.array(arguments.tasks)
         print(json.dumps(content, sort_keys=True))
     else:
         lines = inspection.format_status(found, run)
         lines += inspection.format_flags(flags) if arguments.classes else []
-        print("\n".join(lines + ([found.array(arguments.tasks)] if arguments.tasks else [])))
+        print("\n".join(lines + ([found.array(arguments.tasks)] if arguments.tasks and not found.complete else [])))
     return COMPLETE if found.complete or not arguments.exit_code else INCOMPLETE
 
 

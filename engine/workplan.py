@@ -1,4 +1,4 @@
-"""Pure planning: classes -> slots -> units, who takes which, and the noise of every attempt.
+"""Pure planning: classes -> slots -> units, and the noise of every attempt.
 
 Nothing here depends on rank, world size, time or batch position, so one process and a thousand plan
 the same data set.
@@ -32,7 +32,7 @@ def plan_units(num_classes: int, images_per_class: int, unit_slots: int) -> list
 
 
 def share(items: T, rank: int, size: int) -> T:
-    """Return every ``size``-th item from ``rank`` on: round-robin until work is claimed by leases.
+    """Return every ``size``-th item from ``rank`` on, for even work of one launch: training batches, students.
 
     ``items`` must be the same in every process, so a plan and never what is missing at the moment.
     """

@@ -66,3 +66,11 @@ def sums(folder: Path) -> str:
         listed.add(name)
     assert listed == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
     return text
+
+
+def run_isolated(*lines: str) -> str:
+    """Run lines of Python in a process of their own, insist on success and return what they printed."""
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
