@@ -68,7 +68,9 @@ class Table:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rows, self.number = folder, [], 0
+        begin = time.perf_counter()
         finish(folder / "undisturbed")
+        self.seconds = time.perf_counter() - begin  # within which every phase has its turn
         self.sums = (folder / "undisturbed" / "shards" / "SHA256SUMS").read_text()
 
     def new_run(self, *, copy: bool = False) -> Path:
@@ -102,7 +104,7 @@ def kill_at_random(table: Table, kills: int, stream: random.Random) -> Counter[s
             late, deadline = stream.random() < 0.9, time.monotonic() + 30
             while late and not shared[1] and time.monotonic() < deadline and os.waitpid(child, os.WNOHANG)[0] == 0:
                 time.sleep(0.005)
-            time.sleep(stream.uniform(0.0, 0.35 if late else 0.5))
+            time.sleep(stream.uniform(0.0, table.seconds))
             phase = PHASES[shared[0]] if shared[0] or not shared[1] else "between"
             try:
                 os.kill(child, signal.SIGKILL)

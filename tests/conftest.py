@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+from engine.cluster import STOP_SIGNALS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a hub
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="retort-cache-")  # digests of this session alone
@@ -28,6 +31,15 @@ def device(request):
 
         set_numerics(tf32=False)  # as a run does first; exact fp32, so that tolerances mean something
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """Commands that run in the process of the tests listen to signals; what follows must not."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -11,17 +10,9 @@ from builders import open_detector
 from commands import QUICKSTART, launch, python
 from PIL import Image
 
-from engine import cli, cluster
+from engine import cli
 from engine.records import UsageError
 from engine.settings import locate
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    before = {number: signal.getsignal(number) for number in cluster.STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def refusal(capsys, *arguments, config=QUICKSTART):
