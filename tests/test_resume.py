@@ -118,7 +118,7 @@ def test_kill_minus_nine_under_the_launcher(undisturbed, tmp_path):
     assert sums(run / "shards") == sums(undisturbed / "shards")
     made = [event["index"] for event in events(run, "unit")]
     assert len(made) == len(set(made))  # no unit was generated again
-    assert len(made) >= UNITS - 1  # the killed one may have published a unit that it did not log
+    assert len(made) >= UNITS - 3  # the killed one's writer may have published what it had at hand, not yet logged
     assert 4 <= done < UNITS
 
 
