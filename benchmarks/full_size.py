@@ -257,8 +257,8 @@ class FullSizeModel:
         policy = Policy("flagged", beta=0.0, top_k=1, max_candidates=0, wave=1)
         clock, threads = Stopclock(), 0 if variant.one_call else spare_threads(self._device)
         conveyor = Conveyor(self._maker(variant), clock, threads=threads)
-        writer = PoolWriter(pool, clock, threaded=threads > 0)  # type: ignore[arg-type]
-        producer = Producer(loop, conveyor, writer, policy, clock, lambda unit: None)
+        writer = PoolWriter(pool, clock, lambda unit: None, threaded=threads > 0)  # type: ignore[arg-type]
+        producer = Producer(loop, conveyor, writer, policy, clock)
         starts = range(0, variant.slots, _UNIT_SLOTS)
         units = [
             Unit(i, i % self._setting.classes, start, min(_UNIT_SLOTS, variant.slots - start))

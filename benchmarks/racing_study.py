@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,6 @@ def choose(class_index: int, slots: list[list[Attempt]], policy: Policy) -> list
 
 
 def _failed(attempt: Attempt) -> Attempt:
-    from dataclasses import replace
-
     return replace(attempt, verdict=replace(attempt.verdict, failed=True))
 
 

@@ -231,12 +231,12 @@ class Run:
     def _engine(self) -> None:
         task, way, loop = self.task, self.way, self._loop()
         conveyor = Conveyor(self.maker, self.clock, threads=spare_threads(task.device) if way.overlap else 0)
-        writer = PoolWriter(self.keeper, self.clock, threaded=way.overlap)
+        writer = PoolWriter(self.keeper, self.clock, lambda unit: None, threaded=way.overlap)
 
         def prototypes_of(unit: Unit) -> np.ndarray:
             return task.prototypes[unit.class_index, unit.first_slot : unit.first_slot + unit.num_slots]
 
-        with Producer(loop, conveyor, writer, task.policy(way), self.clock, lambda unit: None) as producer:
+        with Producer(loop, conveyor, writer, task.policy(way), self.clock) as producer:
             producer.run(iter(task.units()), prototypes_of, lambda: None)
         self.outcome.counts = loop.counts
 
@@ -309,11 +309,9 @@ class Run:
 
     def _count(self, rows: int) -> None:
         counts, size = self.outcome.counts, 2 if self.way.scenario == "one_call_per_image" else self.way.rows
-        counts.steps, counts.rows_used, counts.rows_total = (
-            counts.steps + 1,
-            counts.rows_used + rows,
-            counts.rows_total + size,
-        )
+        counts.steps += 1
+        counts.rows_used += rows
+        counts.rows_total += size
 
 
 def _next(policy: Policy, class_index: int, done: Sequence[MadeImage]) -> range:

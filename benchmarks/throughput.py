@@ -127,7 +127,8 @@ def as_row(task: Task, line: Line, ceiling: float) -> dict[str, Any]:
     row: dict[str, Any] = {"part": line.part, **line.way.as_dict(), "reason": line.reason}
     if not line.runs:
         return row
-    run = sorted(line.runs, key=lambda run: run.seconds)[len(line.runs) // 2]
+    middle = statistics.median_low(run.seconds for run in line.runs)
+    run = next(run for run in line.runs if run.seconds == middle)
     qualified = sum(choice.qualified for choice in run.choices(task.policy(line.way)))
     flop = run.counts.rows_used * task.work.row + run.images * task.work.decode
     row.update(

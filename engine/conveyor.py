@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -121,12 +121,14 @@ class Conveyor:
 
 
 class PoolWriter:
-    """Publishes finished units in a thread; what went wrong there is raised by the next call here."""
+    """Publishes finished units in a thread; what went wrong there is raised by the next call here.
 
-    def __init__(self, pool: Pool, clock: Stopclock, *, threaded: bool) -> None:
-        self._pool, self._clock = pool, clock
+    ``on_unit`` hears of every unit in that thread, as soon as it is published.
+    """
+
+    def __init__(self, pool: Pool, clock: Stopclock, on_unit: Callable[[Unit], None], *, threaded: bool) -> None:
+        self._pool, self._clock, self._on_unit = pool, clock, on_unit
         self._waiting: queue.Queue[tuple[Unit, list[MadeImage]] | None] = queue.Queue(_UNITS)
-        self._published: queue.SimpleQueue[Unit] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         if threaded:
@@ -142,29 +144,21 @@ class PoolWriter:
         with self._clock.span("wait_publish"):
             self._waiting.put((unit, images))
 
-    def published(self) -> list[Unit]:
-        """Return the units that were published since the last call."""
-        self._check()
-        units = []
-        while not self._published.empty():
-            units.append(self._published.get())
-        return units
-
-    def flush(self) -> list[Unit]:
-        """Wait until nothing waits any more; returns what was published since the last call."""
+    def flush(self) -> None:
+        """Wait until nothing waits any more."""
         if self._thread is not None:
             with self._clock.span("wait_publish"):
                 self._waiting.join()
-        return self.published()
+        self._check()
 
-    def close(self) -> list[Unit]:
-        """Publish what waits, end the thread and return what was published since the last call."""
+    def close(self) -> None:
+        """Publish what waits, and end the thread."""
         if self._thread is not None:
             with self._clock.span("wait_publish"):
                 self._waiting.put(None)
                 self._thread.join()
             self._thread = None
-        return self.published()
+        self._check()
 
     def _check(self) -> None:
         if self._error is not None:
@@ -173,7 +167,7 @@ class PoolWriter:
     def _publish(self, unit: Unit, images: list[MadeImage]) -> None:
         with self._clock.span("publish"):
             self._pool.publish(unit, images)
-        self._published.put(unit)
+        self._on_unit(unit)
 
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None:

@@ -36,7 +36,7 @@ class _OpenUnit:
 
 
 class Producer:
-    """Produces units until none is left; ``on_unit`` hears of published ones, in the caller's thread."""
+    """Produces units until none is left."""
 
     def __init__(
         self,
@@ -45,10 +45,9 @@ class Producer:
         writer: PoolWriter,
         policy: Policy,
         clock: Stopclock,
-        on_unit: Callable[[Unit], None],
     ) -> None:
         self._loop, self._conveyor, self._writer, self._policy = loop, conveyor, writer, policy
-        self._clock, self._on_unit = clock, on_unit
+        self._clock = clock
         self._open: dict[int, _OpenUnit] = {}
         self._unit_of: dict[tuple[int, int], int] = {}  # (class, slot) -> unit index
         self._finished: list[tuple[AttemptKey, Tensor]] = []
@@ -77,9 +76,8 @@ class Producer:
             with self._clock.span("denoise"):
                 self._finished += self._loop.step()
             self._hand_on(starving=exhausted and self._loop.is_hungry)
-            self._tell(self._writer.published())
             between_steps()
-        self._tell(self._writer.flush())
+        self._writer.flush()
 
     def __enter__(self) -> Producer:
         return self
@@ -87,11 +85,7 @@ class Producer:
     def __exit__(self, *_: object) -> None:
         """End the threads; units that are complete are published, whatever happened to the others."""
         self._conveyor.close()
-        self._tell(self._writer.close())
-
-    def _tell(self, units: list[Unit]) -> None:
-        for unit in units:
-            self._on_unit(unit)
+        self._writer.close()
 
     def _hand_on(self, *, starving: bool) -> None:
         """Send finished latents on, and receive the images that are judged.

@@ -135,9 +135,9 @@ class Job:
                 maker.warm_up()
         overlap, threads = config.runtime.overlap, config.runtime.encode_threads or spare_threads(models.device)
         conveyor = Conveyor(maker, self.clock, threads=threads if overlap else 0)
-        writer = PoolWriter(self._pool, self.clock, threaded=overlap)
+        writer = PoolWriter(self._pool, self.clock, self._note_unit, threaded=overlap)
         policy = policy_of(config, selecting=False)
-        return Producer(loop, conveyor, writer, policy, self.clock, self._note_unit), loop, maker
+        return Producer(loop, conveyor, writer, policy, self.clock), loop, maker
 
     def _note_unit(self, unit: Unit) -> None:
         self._log.write("unit", index=unit.index, class_index=unit.class_index, first_slot=unit.first_slot)

@@ -4,12 +4,15 @@ import hashlib
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from engine import imaging
 from engine.cluster import StopWatch
 from engine.config import DetectorConfig, RunConfig
+from engine.conveyor import Conveyor, PoolWriter
 from engine.detector import Classifier
 from engine.finishing import Finishing, open_pool, policy_of
+from engine.generation import Producer
 from engine.labels import read_class_list
 from engine.leases import Leases
 from engine.pool import MadeImage
@@ -32,6 +35,22 @@ def open_detector(batch, path="embedded:detector"):
     """Return a detector of the embedded data."""
     options = DetectorConfig(path=str(path))
     return Classifier.open(options, read_class_list("fashion_mnist"), section="detector", batch=batch, device="cpu")
+
+
+def make_keys(count, first=0):
+    """Return the keys of bases, a slot each, the classes in turn."""
+    return [AttemptKey(i % 10, i, 0) for i in range(first, first + count)]
+
+
+def draw_latents(backend, count, seed=0):
+    """Return latents (count, C, H, W) in [-1, 1]."""
+    return torch.rand((count, *backend.latent_shape), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def make_producer(loop, maker, policy, pool, clock, on_unit=lambda unit: None, *, threads=2) -> Producer:
+    """Return a producer with so many encoding threads and a writing one, or with ``threads=0`` none."""
+    writer = PoolWriter(pool, clock, on_unit, threaded=threads > 0)
+    return Producer(loop, Conveyor(maker, clock, threads=threads), writer, policy, clock)
 
 
 def make_policy(kind="waves", *, beta=0.5, top_k=2, max_candidates=8, wave=3):

@@ -55,3 +55,12 @@ def tiny_generator(tmp_path_factory):
     torch.nn.init.normal_(unet.conv_out.weight, std=0.2)  # an untrained U-Net predicts almost nothing
     pixel_unet.save(folder, unet, model)
     return folder
+
+
+@pytest.fixture(scope="session")
+def backend(tiny_generator):
+    """Return the tiny generator, opened on a CPU."""
+    from engine.backends import open_backend
+    from engine.config import GeneratorConfig, KernelConfig
+
+    return open_backend(GeneratorConfig(path=str(tiny_generator)), KernelConfig(), "cpu")

@@ -3,27 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from builders import fashion_conditions, open_detector
+from builders import draw_latents as latents
+from builders import fashion_conditions, make_producer, open_detector
+from builders import make_keys as keys
 
 from engine import imaging
-from engine.backends import open_backend
-from engine.config import GeneratorConfig, KernelConfig
-from engine.conveyor import Conveyor, PoolWriter
-from engine.generation import Producer
 from engine.image_making import ImageFormat, ImageMaker
 from engine.pool import Pool
-from engine.records import AttemptKey, Verdict
+from engine.records import Verdict
 from engine.refinement import Policy, next_attempts
 from engine.solvers import DDIM
 from engine.synthesis import DenoisingLoop, Guidance
 from engine.telemetry import Stopclock
 from engine.transfers import Arrival
 from engine.workplan import plan_units
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_generator):
-    return open_backend(GeneratorConfig(path=str(tiny_generator)), KernelConfig(), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +30,6 @@ PNG = ImageFormat(32, "png", 80)
 def maker_of(backend, detector, image_format=PNG):
     """Return a maker whose decoder takes three images at a time, so that parts and padding occur."""
     return ImageMaker(backend, detector, image_format, vae_batch=3, device="cpu")
-
-
-def make_producer(loop, maker, policy, pool, clock, on_unit=lambda unit: None, *, threads=2):
-    conveyor, writer = Conveyor(maker, clock, threads=threads), PoolWriter(pool, clock, threaded=threads > 0)
-    return Producer(loop, conveyor, writer, policy, clock, on_unit)
-
-
-def keys(count):
-    return [AttemptKey(i % 10, i, 0) for i in range(count)]
-
-
-def latents(backend, count, seed=0):
-    stream = torch.Generator().manual_seed(seed)
-    return torch.rand((count, *backend.latent_shape), generator=stream) * 2 - 1
 
 
 @pytest.mark.parametrize(("encoding", "size"), [("png", 32), ("jpg", 32), ("webp", 24), ("png", 48)])
@@ -181,6 +160,7 @@ def test_units_hold_exactly_the_attempts_that_the_policy_asks_for(backend, detec
     prototypes = {unit.index: stream.normal(size=(2, *backend.latent_shape)).astype(np.float32) for unit in units}
     with producer:
         producer.run(iter(units), lambda unit: prototypes[unit.index], lambda: None)
+        assert not pool.missing(units)
         assert sorted(unit.index for unit in heard) == [unit.index for unit in units]
     assert not pool.missing(units)
     assert sorted(unit.index for unit in heard) == [unit.index for unit in units]

@@ -165,6 +165,8 @@ def test_nothing_in_shards_tells_when_or_where_it_was_made(waves):
         if path.suffix == ".tar":
             with tarfile.open(path) as tar:
                 heads = [(m.name, m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar]
+                images = [Image.open(tar.extractfile(name)) for name, *_ in heads if name.endswith(".png")]
+                assert [image.info for image in images] == [{}] * len(images)  # no text beside the pixels
                 texts = [tar.extractfile(name).read() for name, *_ in heads if not name.endswith(".png")]
             assert {head[1:] for head in heads} == {(0, 0, 0, "", "")}
             content = b"\n".join([*(name.encode() for name, *_ in heads), *texts])

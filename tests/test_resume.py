@@ -119,7 +119,7 @@ def test_kill_minus_nine_under_the_launcher(undisturbed, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in done} == done
     made = [event["index"] for event in events(run, "unit")]
     assert len(made) == len(set(made))  # no unit was generated again
-    assert UNITS - len(done) <= len(made) <= UNITS  # the killed one may have published units before it logged them
+    assert len(made) >= UNITS - 1  # the killed one may have published a unit that it did not log
     assert 4 <= len(done) < UNITS
 
 

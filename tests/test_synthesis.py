@@ -145,6 +145,10 @@ def test_hunger(backend, device):
     for i in range(4):
         loop.submit(job(i))
     assert not loop.is_hungry  # four guided images fill eight rows
+    assert loop.wants_more  # but the next batch would not be half full
+    for i in range(4, 6):
+        loop.submit(job(i))
+    assert not loop.wants_more
     assert not loop.step()
     assert loop.step() == []
-    assert loop.pending == 4
+    assert loop.pending == 6
