@@ -35,7 +35,7 @@ class Claims:
     expiry: float
     is_dead: Callable[[Holder], bool]
     clock: Callable[[], float]
-    done: set[int] = field(default_factory=set)  # items known to be published
+    done: set[int] = field(default_factory=set)  # items known to be published; another thread may add while one reads
     lost: set[int] = field(default_factory=set)  # items whose lease was taken over while this process held it
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Claims:
         self._holders: dict[tuple[str, int], Holder | None] = {}
         self._looked: dict[int, float] = {}  # folder -> when the leases of others were last looked at
         self._uses_marks = self.work.marked and len(self._folders) > 1
-        self._guard = threading.Lock()  # renewal comes from another thread
+        self._guard = threading.Lock()  # one thread claims, another renews, a third releases
         self._serial = 0
 
     @property

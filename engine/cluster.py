@@ -20,6 +20,7 @@ from engine.records import StopRequested, UsageError
 
 _PARENT = os.getppid()  # as early as can be: a launcher that dies during the imports is missed afterwards
 _LAUNCHER_VARIABLES = ("RANK", "ACCELERATE_MIXED_PRECISION")  # torchrun and accelerate set one or both
+_ECHO = 1.0  # seconds within which a signal may come twice and mean one request
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -159,6 +160,7 @@ class StopWatch:
         self._old_mark = self._stop_mark()
         launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
         self._parent = _PARENT if launched else None
+        self._heard: dict[int, float] = {}  # signal -> when it came first
         self.reason = ""
 
     def _stop_mark(self) -> int:
@@ -169,13 +171,19 @@ class StopWatch:
             return 0
 
     def listen(self) -> None:
-        """Turn the stop signals into a remembered reason; the second signal acts as usual."""
+        """Turn the stop signals into a remembered reason; the same signal a second later acts as usual.
+
+        Within the second it is an echo: a launcher passes on what the workers of its group hear themselves.
+        """
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = self.reason or f"signal {signal.Signals(number).name}"
-        signal.signal(number, signal.SIG_DFL)
+        now = self._clock()
+        if now - self._heard.setdefault(number, now) >= _ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def requested(self) -> bool:
         """True once anything asked this process to stop. Looks at the file twice a second at most."""

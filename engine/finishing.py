@@ -6,7 +6,6 @@ is bound to. Every shard is then a pure function of those lines and one position
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from engine.config import RunConfig
 from engine.lease_rules import Work
 from engine.leases import Leases
 from engine.pool import Pool
-from engine.publish import digest_bytes, publish_json, publish_same, read_json, staged_file, sweep_staged
+from engine.publish import content_of, digest_bytes, publish_json, publish_same, read_json, staged_file, sweep_staged
 from engine.records import Attempt, Choice, Unit, UsageError
 from engine.refinement import Policy
 from engine.run_record import RunRecord, reconfigure
@@ -196,13 +195,10 @@ class Finishing:
         if leftover and not self.is_selected():
             raise UsageError(f"{self.shards_folder}: left by a selection that is gone; {self._remedy}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
-        with staged_file(self.folder / _CHOICES) as stream:
-            for line in self.choose():
-                digest.update(line)
-                stream.write(line)
+        with staged_file(self.folder / _CHOICES) as staged:
+            staged.stream.writelines(self.choose())
         complete = {
-            "choices_sha256": digest.hexdigest(),
+            "choices_sha256": staged.sha256,
             "identity": self._record.digest(),
             "settings": selection_settings(self._config),
             "units_sha256": self.units_digest(),
@@ -293,8 +289,7 @@ class Finishing:
 
     def read_record(self, index: int) -> str:
         """Return the digest that a shard must have; empty where none is recorded."""
-        path = self.record_path(index)
-        return path.read_bytes().decode(errors="replace").removesuffix("\n") if path.exists() else ""
+        return content_of(self.record_path(index)).decode(errors="replace").removesuffix("\n")
 
     def part(self, choices: ChoiceFile, index: int) -> tuple[list[Choice], Callable[[Choice], bytes]]:
         """Return the choices of a shard, and what reads their images."""

@@ -157,7 +157,7 @@ class Job:
 
         def slots_done() -> int:
             claims.look_around()
-            return sum(self._units[item].num_slots for item in claims.done)
+            return sum(self._units[item].num_slots for item in tuple(claims.done))  # the writer adds to it
 
         progress = self._progress("images", total, "slots", slots_done())
 

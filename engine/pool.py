@@ -23,8 +23,8 @@ from engine.archives import TarStream, size_of_tar
 from engine.lease_rules import Work
 from engine.publish import (
     canonical_json,
+    content_of,
     digest_bytes,
-    digest_file,
     publish_json,
     publish_same,
     read_json,
@@ -56,6 +56,7 @@ class Pool:
 
     def __init__(self, folder: Path, identity: str, image_format: str, beta: float = 0.0) -> None:
         self._folder, self._identity, self._format, self._beta = folder, identity, image_format, beta
+        self._made: set[Path] = set()  # folders that are there
         self._map: tuple[int, dict[int, int]] = (-1, {})  # the pruned unit read last: where its images went
 
     def path(self, unit: Unit | int, suffix: str) -> Path:
@@ -99,10 +100,10 @@ class Pool:
         """Publish a complete unit: images, sidecar, and last the manifest that makes it count."""
         images = sorted(images, key=lambda image: image.key)
         tar_path = self.path(unit, "tar")
-        tar_path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(tar_path.parent)
         offsets = np.full(len(images), -1, np.int64)
-        with staged_file(tar_path) as stream:
-            tar = TarStream(stream)
+        with staged_file(tar_path) as staged:
+            tar = TarStream(staged.stream)
             for row, image in enumerate(images):
                 if image.data:
                     offsets[row] = tar.add(self._member(image.key), image.data)
@@ -110,7 +111,7 @@ class Pool:
         sidecar = format_safetensors(_columns(images, offsets))
         publish_same(self.path(unit, "safetensors"), sidecar)
         files = {
-            "tar": (digest_file(tar_path), tar_path.stat().st_size),
+            "tar": (staged.sha256, staged.size),
             "safetensors": (digest_bytes(sidecar), len(sidecar)),
         }
         manifest = {
@@ -123,6 +124,12 @@ class Pool:
             **_span(unit),
         }
         publish_json(self.path(unit, "json"), manifest)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder of units; asked once for each, as a file server answers every request."""
+        if folder not in self._made:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made.add(folder)
 
     def manifest(self, unit: Unit) -> dict[str, Any]:
         """Read a unit's manifest; raises UsageError where it is damaged or of another run."""
@@ -146,7 +153,7 @@ class Pool:
     def read(self, unit: Unit) -> list[list[Attempt]]:
         """Return the attempts of each slot of a unit, in order; raises UsageError where a digest does not hold."""
         path = self.path(unit, "safetensors")
-        data = path.read_bytes() if path.exists() else b""
+        data = content_of(path)
         if digest_bytes(data) != self.manifest(unit)["files"]["safetensors"]["sha256"]:
             raise UsageError(f"{path}: content does not match its manifest; {_REMEDY}")
         slots: dict[int, list[Attempt]] = {slot: [] for slot in unit.slots}
@@ -215,8 +222,8 @@ class Pool:
         pruned_path = self.path(unit, "pruned.tar")
         for leftover in (record_path, pruned_path):  # of a start that was killed before it removed the whole tar
             leftover.unlink(missing_ok=True)
-        with staged_file(pruned_path) as stream:
-            tar = TarStream(stream)
+        with staged_file(pruned_path) as staged:
+            tar = TarStream(staged.stream)
             for attempt in images:
                 if attempt.offset in keep:
                     data = self.read_image(unit.index, attempt.offset, attempt.size, attempt.sha256)
@@ -225,13 +232,13 @@ class Pool:
         content = {
             "identity": self._identity,
             "kept": {str(old): new for old, new in moved.items()},
-            "sha256": digest_file(pruned_path),
+            "sha256": staged.sha256,
             "unit": unit.index,
         }
         publish_json(record_path, content)
         tar_path.unlink()  # only now: whatever is killed before, the whole unit is still there
         sync_directory(tar_path.parent)
-        return before - pruned_path.stat().st_size
+        return before - staged.size
 
     def _member(self, key: AttemptKey) -> str:
         return f"{key.class_index:05d}_{key.slot:06d}_{key.attempt:05d}.{self._format}"

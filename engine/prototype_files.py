@@ -12,7 +12,7 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
 from engine.lease_rules import Work
-from engine.publish import digest_bytes, publish_json, publish_same, read_json
+from engine.publish import content_of, digest_bytes, publish_json, publish_same, read_json
 from engine.records import UsageError
 
 STAGE = "prototypes"
@@ -105,7 +105,7 @@ def read_prototypes(folder: Path, class_index: int) -> Prototypes:
     """Read what :func:`publish_prototypes` wrote; raises UsageError where its digest does not hold."""
     path, _ = paths_of(folder, class_index)
     manifest = _read_manifest(folder, class_index)
-    data = path.read_bytes() if path.exists() else b""
+    data = content_of(path)
     if digest_bytes(data) != manifest["sha256"]:
         raise UsageError(f"{path}: content does not match its manifest; {_REMEDY}")
     tensors = parse_safetensors(data)

@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,12 +85,13 @@ def commit(staged: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``target``; whatever happens, it is gone when the block ends."""
+    """Give a temporary name beside ``target``, which the block takes away; where it fails, it is removed."""
     staged = staging_name(target)
     try:
         yield staged
-    finally:
+    except BaseException:
         staged.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -101,8 +103,17 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
         os.fsync(stream.fileno())
 
 
+@dataclass(slots=True)
+class StagedFile:
+    """A file on its way to publication; digest and size are those of what was published, once it is."""
+
+    stream: BinaryIO
+    sha256: str = ""
+    size: int = 0  # bytes
+
+
 @contextlib.contextmanager
-def staged_file(target: Path) -> Iterator[BinaryIO]:
+def staged_file(target: Path) -> Iterator[StagedFile]:
     """Open a temporary file beside ``target`` and publish it when the block ends without an error.
 
     An exception inside the block removes the temporary file and publishes nothing. Raises UsageError
@@ -110,10 +121,12 @@ def staged_file(target: Path) -> Iterator[BinaryIO]:
     """
     with _staged(target) as staged:
         with _durable(staged) as stream:
-            yield stream
+            made = StagedFile(stream)
+            yield made
+            made.size = stream.seek(0, os.SEEK_END)
             stream.seek(0)  # by its name it may be gone: swept away, because another process published first
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-        if not commit(staged, target) and digest_file(target) != digest:
+            made.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        if not commit(staged, target) and digest_file(target) != made.sha256:
             raise _other_content(target)
 
 
@@ -146,6 +159,14 @@ def _other_content(target: Path) -> UsageError:
 def publish_json(target: Path, value: Any) -> None:
     """Publish ``value`` as canonical JSON; see :func:`publish_same`."""
     publish_same(target, canonical_json(value))
+
+
+def content_of(path: Path) -> bytes:
+    """Return a file's bytes; empty where it is missing, which its digest then tells."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def read_json(path: Path, remedy: str) -> Any:

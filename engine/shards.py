@@ -107,10 +107,9 @@ def publish_shard(
     Raises UsageError where the shard is there with other content than the choices give.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / shard_name(index)
-    with staged_file(target) as stream:
-        _write(stream, choices, shared, read_image)
-    return digest_file(target)
+    with staged_file(folder / shard_name(index)) as staged:
+        _write(staged.stream, choices, shared, read_image)
+    return staged.sha256
 
 
 def derive_digest(choices: Sequence[Choice], shared: ShardSet, read_image: Callable[[Choice], bytes]) -> str:

@@ -18,7 +18,7 @@ from engine.finishing import DEFAULT_SELECTION, Finishing, open_pool, policy_of
 from engine.leases import Leases
 from engine.pool import Pool
 from engine.prototype_files import paths_of, read_prototypes
-from engine.publish import digest_bytes, digest_file, read_json
+from engine.publish import content_of, digest_bytes, digest_file, read_json
 from engine.records import Attempt, Unit, UsageError
 from engine.refinement import next_attempts
 from engine.run_record import RunRecord, read_record, reconfigure
@@ -232,7 +232,7 @@ def _tar_faults(pool: Pool, unit: Unit, sha256: str, images: Sequence[Attempt]) 
             yield record, "damaged"
             return
         path = pool.path(unit, "pruned.tar")
-    data = path.read_bytes() if path.exists() else b""
+    data = content_of(path)
     if digest_bytes(data) != sha256:
         yield path, "content does not match its manifest"
         return

@@ -101,8 +101,8 @@ def test_publish_writes_once_and_never_replaces(tmp_path):
 
 def test_staged_file_is_invisible_until_it_is_complete(tmp_path):
     target = tmp_path / "result"
-    with publish.staged_file(target) as stream:
-        stream.write(b"data")
+    with publish.staged_file(target) as staged:
+        staged.stream.write(b"data")
         assert not target.exists()
     assert target.read_bytes() == b"data"
     assert names_in(tmp_path) == ["result"]
@@ -110,8 +110,8 @@ def test_staged_file_is_invisible_until_it_is_complete(tmp_path):
 
 def test_an_exception_publishes_nothing_and_leaves_nothing(tmp_path):
     def fail():
-        with publish.staged_file(tmp_path / "result") as stream:
-            stream.write(b"half")
+        with publish.staged_file(tmp_path / "result") as staged:
+            staged.stream.write(b"half")
             raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
@@ -131,8 +131,8 @@ def test_a_slower_writer_changes_nothing(tmp_path):
     target = tmp_path / "result"
     code = "import sys; from pathlib import Path; from engine import publish\n"
     code += "print(publish.publish_bytes(Path(sys.argv[1]), sys.argv[2].encode()))"
-    with publish.staged_file(target) as stream:
-        stream.write(b"same")
+    with publish.staged_file(target) as staged:
+        staged.stream.write(b"same")
         assert python(code, target, "same").communicate()[0].strip() == "True"
     assert target.read_bytes() == b"same"
     assert names_in(tmp_path) == ["result"]
@@ -149,8 +149,8 @@ def test_a_writer_with_other_content_is_told(tmp_path):
 
 
 def write_staged(target, data):
-    with publish.staged_file(target) as stream:
-        stream.write(data)
+    with publish.staged_file(target) as staged:
+        staged.stream.write(data)
 
 
 def test_of_many_writers_exactly_one_publishes_a_whole_file(tmp_path):
@@ -512,7 +512,29 @@ def test_a_signal_stops_between_two_steps(number, signals):
     os.kill(os.getpid(), number)
     with pytest.raises(StopRequested, match=f"stopped early by signal {number.name}; the same command continues"):
         stop.check()
-    assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process at once
+
+
+STOPPING = """
+import os, signal, sys, time
+from engine.cluster import StopWatch
+now = 0.0
+stop = StopWatch(clock=lambda: now)
+stop.listen()
+for now in map(float, sys.argv[2:]):
+    os.kill(os.getpid(), int(sys.argv[1]))
+print(stop.reason)
+"""
+
+
+@pytest.mark.parametrize("number", cluster.STOP_SIGNALS)
+def test_a_signal_twice_within_a_second_is_one_request(number):
+    """``scancel`` reaches launcher and workers, and the launcher passes it on."""
+    process = python(STOPPING, int(number), 0.0, 0.1, 0.9)
+    assert process.communicate()[0].strip() == f"signal {number.name}"
+    assert process.returncode == 0
+    process = python(STOPPING, int(number), 0.0, 0.1, 1.0)
+    process.communicate()
+    assert process.returncode == -number  # somebody is in earnest
 
 
 def test_a_stop_file_that_appears_stops(tmp_path):
@@ -848,8 +870,8 @@ def test_sweeping_takes_leftovers_of_published_files_only(tmp_path):
 
 def test_a_writer_of_a_stream_may_be_swept_too(tmp_path):
     target = tmp_path / "done"
-    with publish.staged_file(target) as stream:
-        stream.write(b"done")
+    with publish.staged_file(target) as staged:
+        staged.stream.write(b"done")
         target.write_bytes(b"done")  # another process publishes, and sweeps
         publish.sweep_staged(tmp_path)
     assert names_in(tmp_path) == ["done"]

@@ -123,7 +123,7 @@ def test_a_lease_renewed_at_the_last_moment_is_put_back():
     first, second = (virtual_claims(files, n, virtual_work(1, set())) for n in range(2))
     assert first.claim() == 0
     files.time = 130.0
-    files.before["rename"] = first.renew  # between the look and the renaming
+    files.before_rename = first.renew  # between the look and the renaming
     assert second.claim() is None
     first.renew()
     assert not first.lost
@@ -135,7 +135,7 @@ def test_a_newer_lease_of_the_same_name_is_put_back():
     dead, slow, quick = (virtual_claims(files, n, virtual_work(1, set())) for n in range(3))
     assert dead.claim() == 0
     files.time = 130.0
-    files.before["rename"] = lambda: quick.claim()  # takes the stale lease over before the slow one does
+    files.before_rename = lambda: quick.claim()  # takes the stale lease over before the slow one does
     assert slow.claim() is None
     quick.renew()
     assert quick.held == [0]
@@ -150,10 +150,10 @@ def test_leases_of_others_are_not_looked_at_all_the_time():
     files.operations.clear()
     for _ in range(50):
         second.claim(waiting=True)
-    assert files.operations["now"] == 1
+    assert files.operations["renew"] == 1
     files.time = 31.0
     second.claim(waiting=True)
-    assert files.operations["now"] == 2
+    assert files.operations["renew"] == 2
 
 
 def test_the_dead_on_this_machine_are_not_waited_for(tmp_path):

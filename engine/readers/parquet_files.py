@@ -154,9 +154,9 @@ def _unpack_file(config: DataConfig, spool: _Spool, columns: Columns, wanted: tu
     rows = np.flatnonzero(np.isin(labels, wanted)) if wanted else np.arange(len(labels))
     table = np.zeros(len(rows), PLACE)
     table["label"], table["number"] = labels[rows].clip(-1, 2**31 - 1), rows
-    with _cache_errors(spool.stem.parent), staged_file(spool.images) as stream:
+    with _cache_errors(spool.stem.parent), staged_file(spool.images) as staged:
         for index, image in enumerate(_encoded_rows(spool.source, columns, rows)):
-            table["size"][index] = stream.write(image)
+            table["size"][index] = staged.stream.write(image)
     table["offset"] = np.cumsum(table["size"]) - table["size"]
     with _cache_errors(spool.stem.parent):
         publish_bytes(spool.places, encode_table(table))
