@@ -69,8 +69,12 @@ class RealFiles(LeaseFiles):
         try:
             os.link(self._path(source, "link"), f"{self._root}/{target}")
             return True
-        except FileNotFoundError:
-            return False
+        except FileNotFoundError:  # no source, or nobody made the target's folder so far
+            folder = os.path.dirname(f"{self._root}/{target}")
+            if os.path.isdir(folder):
+                return False
+            os.makedirs(folder, exist_ok=True)
+            return self.link(source, target)
         except FileExistsError:
             try:
                 return os.path.samefile(f"{self._root}/{source}", self._path(target, "stat"))

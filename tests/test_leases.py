@@ -156,6 +156,15 @@ def test_leases_of_others_are_not_looked_at_all_the_time():
     assert files.operations["renew"] == 2
 
 
+def test_a_file_that_met_a_rival_may_become_the_first_lease_of_another_folder(tmp_path):
+    files = RealFiles(tmp_path)
+    files.close(files.create("a/own", b""))
+    assert files.link("a/own", "b/lease")
+    assert files.names("b") == ["lease"]
+    assert not files.link("a/gone", "b/other")
+    assert not files.link("a/gone", "c/other")
+
+
 def test_the_dead_on_this_machine_are_not_waited_for(tmp_path):
     work = work_of(tmp_path, 1)
     finished = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
