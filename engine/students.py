@@ -1,53 +1,63 @@
 """Step 6, proof: a student network trained on a small labelled set, and its accuracy on real images.
 
-The student is the ConvNet of the distillation literature (blocks of 3 x 3 convolution, instance norm,
-ReLU, 2 x 2 average pooling; Zhao et al. 2021, arXiv 2006.05929), trained with hard labels only, so that
-the gain comes from the images and not from a teacher.
+Two protocols of the literature, and anything between them. *Hard labels*: the images alone must teach (Minimax
+Diffusion: SGD, steps down at 2/3 and 5/6, CutMix). *A teacher's labels*: a classifier of the real data labels every
+augmented picture, and the student follows its softened distribution (RDED: AdamW, half a cosine, temperature 20); then
+much of the accuracy comes from the teacher. *Stored labels* are the teacher's distributions of the plain images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from engine import workplan
-from engine.settings import key
-from engine.training import augment
+from engine import augmentation, workplan
+from engine.settings import RUNTIME, key
+from engine.student_networks import ARCHITECTURES, NORMS, build_network
+
+LABELS = ("hard", "teacher", "stored")
+SCHEDULES = ("cosine", "half_cosine", "multistep")
+_MILESTONES, _DECAY = (2 / 3, 5 / 6), 0.2  # of the schedule "multistep"
+_LATE = 0.8  # part of the training after which a student may be scored more than once
+
+Teacher = Callable[[Tensor], Tensor]  # uint8 images (N, C, S, S) -> probabilities (N, classes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
     """Network and optimisation of a student; the same for every set that is compared."""
 
-    width: int = key(64, "channels of every block", low=8)
-    depth: int = key(3, "blocks, each of which halves the side", low=1)
+    architecture: str = key("convnet", "network of the student", choices=ARCHITECTURES)
+    norm: str = key("instance", "normalisation inside the network", choices=NORMS)
+    width: int = key(64, "channels of the first level", low=8)
+    depth: int = key(3, "convnet only: blocks, each of which halves the side", low=1)
+    labels: str = key("hard", "what the student learns: labels, a teacher's, or those in the shards", choices=LABELS)
+    temperature: float = key(20.0, "softens the teacher's and the student's distributions", low=0.01)
     steps: int = key(300, "optimiser steps", low=1)
+    epochs: int = key(0, "passes over the set, in the place of steps; 0: steps count", low=0)
     batch: int = key(64, "images of a step", low=1)
-    learning_rate: float = key(3e-3, "peak learning rate of AdamW, cosine decay to zero", low=0.0)
-    weight_decay: float = key(0.01, "weight decay of AdamW", low=0.0)
+    optimizer: str = key("adamw", "update rule; sgd has momentum 0.9", choices=("adamw", "sgd"))
+    schedule: str = key("cosine", "decay of the learning rate; multistep: x 0.2 at 2/3 and 5/6", choices=SCHEDULES)
+    learning_rate: float = key(3e-3, "learning rate at the start", low=0.0)
+    weight_decay: float = key(0.01, "weight decay", low=0.0)
     flip: bool = key(True, "mirror half of the images")
     shift: int = key(2, "shift images by up to this many pixels", low=0)
-    threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", kind="runtime", low=0)
+    crop: float = key(1.0, "smallest share of the area that a random crop keeps; 1: no crop", low=0.01, high=1.0)
+    colour: float = key(0.0, "largest change of brightness, contrast and saturation", low=0.0, high=1.0)
+    lighting: float = key(0.0, "strength of the colour noise of RGB images", low=0.0)
+    cutmix: float = key(0.0, "share of the steps with CutMix", low=0.0, high=1.0)
+    scorings: int = key(1, "times that a student is scored in the last fifth of its training; the last is the end", low=1)
+    threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", kind=RUNTIME, low=0)
 
-
-def build_student(config: StudentConfig, channels: int, side: int, num_classes: int) -> nn.Module:
-    """Return an untrained ConvNet for images (N, channels, side, side)."""
-    blocks: list[nn.Module] = []
-    for index in range(config.depth):
-        inputs = channels if index == 0 else config.width
-        blocks += [
-            nn.Conv2d(inputs, config.width, 3, padding=1),
-            nn.GroupNorm(config.width, config.width),  # one group a channel: instance norm with scale and shift
-            nn.ReLU(),
-            nn.AvgPool2d(2),
-        ]
-    final = side // 2**config.depth
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(config.width * final * final, num_classes))
+    def count_steps(self, images: int) -> int:
+        """Return the optimiser steps on a set of ``images``."""
+        return self.epochs * -(-images // self.batch) if self.epochs else self.steps
 
 
 @dataclass(frozen=True)
@@ -68,32 +78,105 @@ class Normalisation:
         return ((images.float() / 255.0 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
-def train_student(
-    config: StudentConfig, images: np.ndarray, labels: np.ndarray, *, num_classes: int, seed: int, device: str
-) -> tuple[nn.Module, Normalisation]:
-    """Train a student on uint8 images (N, C, S, S) with labels (N,); ``seed`` fixes weights, order, augmentation."""
-    torch.manual_seed(seed)
-    student = build_student(config, images.shape[1], images.shape[-1], num_classes)
-    student.to(device)
-    optimizer = torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    normalise = Normalisation.of(images)
-    pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
-    stream = torch.Generator().manual_seed(seed)
+def rate_at(schedule: str, step: int, steps: int) -> float:
+    """Return the factor on the learning rate before step ``step`` of ``steps``."""
+    if schedule == "multistep":
+        return float(_DECAY ** sum(step >= round(milestone * steps) for milestone in _MILESTONES))
+    if schedule == "half_cosine":
+        return math.cos(0.5 * math.pi * step / steps)
+    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
+
+
+def scoring_steps(steps: int, scorings: int) -> set[int]:
+    """Return after how many steps a student is scored: evenly over the last fifth, always at the end."""
+    first = _LATE * steps
+    return {round(first + (steps - first) * (index + 1) / scorings) for index in range(scorings)}
+
+
+def _orders(count: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Yield the positions of one batch after the other; an epoch's tail opens the next one's first batch."""
     order, used = np.zeros(0, np.int64), 0
     shuffle = workplan.generator(seed, workplan.TRAINING_ORDER)
-    batch = min(config.batch, len(labels))
-    for _ in range(config.steps):
-        if used + batch > len(order):  # a new epoch; the tail of the last one opens it
-            order, used = np.concatenate([order[used:], shuffle.permutation(len(labels))]), 0
-        positions = torch.from_numpy(order[used : used + batch])
+    while True:
+        if used + batch > len(order):
+            order, used = np.concatenate([order[used:], shuffle.permutation(count)]), 0
+        yield torch.from_numpy(order[used : used + batch])
         used += batch
-        x = normalise.apply(augment(pixels[positions], stream, config.flip, config.shift).to(device))
-        loss = nn.functional.cross_entropy(student(x), targets[positions].to(device))
+
+
+def _augment(config: StudentConfig, images: Tensor, stream: torch.Generator) -> Tensor:
+    if config.crop < 1.0:
+        images = augmentation.crop(images, stream, config.crop)
+    images = augmentation.mirror_and_shift(images, stream, config.flip, config.shift)
+    if config.colour:
+        images = augmentation.colour_jitter(images, stream, config.colour)
+    return augmentation.lighting(images, stream, config.lighting) if config.lighting else images
+
+
+def _loss(config: StudentConfig, logits: Tensor, targets: Tensor, mixed: tuple[Tensor, float] | None) -> Tensor:
+    """Return the loss; ``targets`` are labels, distributions, or the teacher's distributions of these pictures."""
+    if config.labels == "teacher":
+        softened = (targets.clamp_min(1e-12).log() / config.temperature).softmax(1)
+        return functional.kl_div((logits / config.temperature).log_softmax(1), softened, reduction="batchmean")
+    loss = functional.cross_entropy(logits, targets)
+    if mixed is None:
+        return loss
+    partner, share = mixed
+    return share * loss + (1.0 - share) * functional.cross_entropy(logits, targets[partner])
+
+
+def _make_optimizer(config: StudentConfig, student: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            student.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+
+
+def train_student(
+    config: StudentConfig,
+    images: np.ndarray,
+    targets: np.ndarray,
+    *,
+    num_classes: int,
+    seed: int,
+    device: str,
+    teacher: Teacher | None = None,
+    on_scoring: Callable[[nn.Module, Normalisation], None] = lambda student, normalise: None,
+) -> tuple[nn.Module, Normalisation]:
+    """Train a student on uint8 images (N, C, S, S); ``seed`` fixes weights, order and augmentation.
+
+    ``targets`` are labels (N,), or distributions (N, classes) where ``config.labels`` is "stored"; with "teacher" they
+    are not looked at. ``on_scoring`` is called with the student in evaluation mode, last at the end. Raises ValueError
+    where ``config.labels`` wants a teacher and there is none.
+    """
+    if config.labels == "teacher" and teacher is None:
+        raise ValueError("student.labels: 'teacher' given; a teacher is needed")
+    torch.manual_seed(seed)
+    shape = {"width": config.width, "depth": config.depth, "norm": config.norm}
+    student = build_network(config.architecture, images.shape[1], images.shape[-1], num_classes, **shape)
+    student.to(device)
+    steps, batch = config.count_steps(len(images)), min(config.batch, len(images))
+    optimizer = _make_optimizer(config, student)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(config.schedule, step, steps))
+    normalise = Normalisation.of(images)
+    pixels, wanted = torch.from_numpy(images), torch.from_numpy(targets)
+    stream, scored = torch.Generator().manual_seed(seed), scoring_steps(steps, config.scorings)
+    for step, positions in zip(range(1, steps + 1), _orders(len(images), batch, seed), strict=False):
+        shown, mixed = _augment(config, pixels[positions], stream), None
+        if config.cutmix and float(torch.rand((), generator=stream)) < config.cutmix:
+            shown, partner, share = augmentation.cut_and_mix(shown, stream)
+            mixed = partner.to(device), share
+        shown = shown.to(device)
+        goal = teacher(shown) if config.labels == "teacher" and teacher else wanted[positions].to(device)
+        loss = _loss(config, student(normalise.apply(shown)), goal, mixed)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        if step in scored:
+            on_scoring(student.eval(), normalise)
+            student.train()
     return student.eval(), normalise
 
 

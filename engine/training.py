@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from engine import cluster, workplan
+from engine.augmentation import mirror_and_shift
 from engine.config import DataConfig
 from engine.publish import canonical_json, publish_json, read_json, replace_bytes
 from engine.real_data import RealData
@@ -92,22 +93,6 @@ class Task(Protocol):
         ...
 
 
-def augment(images: Tensor, stream: torch.Generator, flip: bool, shift: int) -> Tensor:
-    """Mirror half of the uint8 images (N, C, S, S) and shift each by up to ``shift`` pixels."""
-    count, _, side, _ = images.shape
-    if flip:
-        mirrored = torch.rand(count, generator=stream) < 0.5
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    if shift:
-        padded = torch.nn.functional.pad(images, (shift,) * 4)
-        offsets = torch.randint(0, 2 * shift + 1, (count, 2), generator=stream)
-        rows = offsets[:, :1] + torch.arange(side)
-        columns = offsets[:, 1:] + torch.arange(side)
-        pick = torch.arange(count).view(-1, 1, 1)
-        images = padded.permute(0, 2, 3, 1)[pick, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-    return images
-
-
 class Trainer:
     """Trains one :class:`Task` to ``training.steps`` steps."""
 
@@ -163,7 +148,7 @@ class Trainer:
             self._options.seed, workplan.TRAINING_NOISE, self._step, self._accelerator.process_index
         )
         stream = torch.Generator().manual_seed(int(mixed.integers(2**62)))
-        images = augment(self._images[positions], stream, self._options.flip, self._options.shift)
+        images = mirror_and_shift(self._images[positions], stream, self._options.flip, self._options.shift)
         device = self._accelerator.device
         loss = self._task.loss(self._model, images.to(device), self._labels[positions].to(device), stream)
         self._accelerator.backward(loss)

@@ -10,7 +10,7 @@ from builders import fill_pool, finish, good, make_config, make_image, make_reco
 from commands import ROOT, launch, python
 from real_images import write_images
 
-from engine import evaluation, imaging, students
+from engine import evaluation, imaging, labelled_sets, set_quality, students
 from engine.cluster import StopWatch, World
 from engine.config import DataConfig
 from engine.publish import canonical_json
@@ -29,24 +29,22 @@ def train():
 
 
 def test_random_real_images_are_drawn_anew_for_each_seed_without_replacement(train):
-    images, labels = evaluation.draw_random(train, 20, seed=0)
-    again, _ = evaluation.draw_random(train, 20, seed=0)
-    other, _ = evaluation.draw_random(train, 20, seed=1)
+    drawn, again, other = (labelled_sets.draw_random(train, 20, seed=seed) for seed in (0, 0, 1))
+    images, labels = drawn.images, drawn.labels
     assert np.bincount(labels).tolist() == [20] * 10
-    assert np.array_equal(images, again)
-    assert not np.array_equal(images, other)
+    assert drawn.digest == again.digest != other.digest
     assert len({image.tobytes() for image in images}) == 200
     real = {image.tobytes() for image in train.load_class(3)}
     assert all(image.tobytes() in real for image in images[labels == 3])
     with pytest.raises(UsageError, match="random:401 given; class 0 has 400 images"):
-        evaluation.draw_random(train, 401, seed=0)
+        labelled_sets.draw_random(train, 401, seed=0)
 
 
 def test_a_student_learns_and_its_seed_fixes_it(train):
     config = build(students.StudentConfig, {"width": 16, "steps": 80})
     test = open_data(DataConfig(), "test", 32, 1).load_all()
-    images, labels = evaluation.draw_random(train, 20, seed=0)
-    results = []
+    drawn, results = labelled_sets.draw_random(train, 20, seed=0), []
+    images, labels = drawn.images, drawn.labels
     for seed in (0, 0, 1):
         student, normalise = students.train_student(config, images, labels, num_classes=10, seed=seed, device="cpu")
         results.append(students.accuracy(student, normalise, *test))
@@ -55,17 +53,6 @@ def test_a_student_learns_and_its_seed_fixes_it(train):
     shuffled = np.random.default_rng(0).permutation(labels)
     student, normalise = students.train_student(config, images, shuffled, num_classes=10, seed=0, device="cpu")
     assert students.accuracy(student, normalise, *test) < 0.3  # wrong labels teach nothing
-
-
-def test_a_set_smaller_than_the_batch_and_every_image_in_every_epoch(train, monkeypatch):
-    seen = []
-    monkeypatch.setattr(students, "augment", lambda images, *_: seen.append(images) or images)
-    images, labels = evaluation.draw_random(train, 2, seed=0)
-    config = build(students.StudentConfig, {"width": 8, "steps": 6, "batch": 8})
-    students.train_student(config, images, labels, num_classes=10, seed=0, device="cpu")
-    shown = torch.cat(seen).numpy()  # 48 images: each of the 20 twice, 8 a third time
-    counts = sorted(sum(np.array_equal(image, one) for one in shown) for image in images)
-    assert counts == [2] * 12 + [3] * 8
 
 
 @pytest.mark.parametrize(
@@ -144,7 +131,8 @@ def test_shards_and_bases_of_a_run_are_read_with_their_labels(tmp_path):
     (tmp_path / "run.json").write_bytes(canonical_json({"format": FORMAT, **dataclasses.asdict(record)}))
     fill_pool(tmp_path, record, config)
     finishing = finish(tmp_path, record, config)
-    images, labels = evaluation.read_shards(tmp_path / "shards", 8, 1)
+    found = labelled_sets.read_shards(tmp_path / "shards", 8, 1, 3)
+    images, labels = found.images, found.labels
     assert np.bincount(labels).tolist() == [5, 5, 5]
     chosen = {(p.choice.class_index, p.choice.slot): p.choice.attempt for p in finishing.placed()}
     order = [(slot, class_index) for slot in range(5) for class_index in range(3)]
@@ -152,13 +140,68 @@ def test_shards_and_bases_of_a_run_are_read_with_their_labels(tmp_path):
         expected = make_image(class_index, slot, chosen[class_index, slot], good())
         assert label == class_index
         assert np.array_equal(image, imaging.decode(expected.data, 1))
-    bases, base_labels = evaluation.read_bases(tmp_path, 8, 1)
-    assert np.bincount(base_labels).tolist() == [4, 5, 5]  # the base of slot 1 of class 0 failed
+    bases = labelled_sets.read_bases(tmp_path, 8, 1)
+    assert np.bincount(bases.labels).tolist() == [4, 5, 5]  # the base of slot 1 of class 0 failed
     known = {imaging.decode(make_image(c, s, 0, good()).data, 1).tobytes() for s, c in order}
-    assert all(image.tobytes() in known for image in bases)
+    assert all(image.tobytes() in known for image in bases.images)
     shard = tmp_path / "shards" / "train-000000.tar"
     content = bytearray(shard.read_bytes())
     content[700] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UsageError, match=r"train-000000.tar does not match SHA256SUMS"):
-        evaluation.read_shards(tmp_path / "shards", 8, 1)
+        labelled_sets.read_shards(tmp_path / "shards", 8, 1, 3)
+
+
+COMPARED = {
+    "sets": ["random real=random:4", "herding=herding:4", "cover=kcenter:4", "central=central:4", "inverted=sre2l:4"],
+    "seeds": 2,
+    "students": 2,
+    "data": {"format": "idx", "path": "embedded:fashion_mnist"},
+    "student": {"steps": 4, "width": 8, "scorings": 2, "labels": "teacher"},
+    "teacher": {"path": "embedded:detector"},
+    "judge": {"path": "embedded:judge"},
+    "real_figures": 20,
+    "inversion": {"steps": 3},
+}
+
+
+def compare(folder, **changes):
+    config = build(evaluation.EvaluationConfig, {**COMPARED, "output": str(folder), **changes})
+    return evaluation.Evaluation(config, World(), StopWatch()).run()
+
+
+def test_every_kind_of_real_set_with_a_teacher_and_a_judge(tmp_path, monkeypatch, capsys):
+    table = compare(tmp_path)
+    rows = {row["name"]: row for row in table["rows"]}
+    assert [row["images"] for row in table["rows"]] == [40] * 5
+    for row in rows.values():
+        assert np.shape(row["students"]) == (2, 2)
+        assert row["accuracies"] == pytest.approx([np.mean(one) for one in row["students"]])
+        assert row["best_mean"] >= row["mean"]
+        assert 0.0 <= row["figures"]["coverage"] <= 1.0
+    figures = {name: row["figures"] for name, row in rows.items()}
+    assert figures["central"]["consistency"] > figures["inverted"]["consistency"]
+    assert figures["cover"]["diversity"] > figures["herding"]["diversity"] > figures["central"]["diversity"]
+    assert figures["herding"]["frechet"] < figures["inverted"]["frechet"]
+    assert "label consistency, %" in evaluation.format_table(table)
+    told = capsys.readouterr().out
+    assert told.count("student 1") == 10
+    # nothing is measured or selected twice, and what is kept is that of these data and this teacher
+    monkeypatch.setattr(set_quality, "measure", None)
+    monkeypatch.setattr(labelled_sets.coresets, "herding", None)
+    monkeypatch.setattr(labelled_sets, "invert", None)
+    assert compare(tmp_path) == table
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {}}, "teacher.path: none given; a classifier trained on the original data is needed"),
+        ({"student": {"labels": "stored"}}, "student.labels: 'stored' given, but set 'random real' has none"),
+        ({"sets": ["a=herding:500"]}, "sets: herding:500 given; class 0 has 400 images"),
+    ],
+)
+def test_what_a_comparison_lacks(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        compare(tmp_path, **changes)

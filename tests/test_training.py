@@ -11,9 +11,9 @@ import torch
 from builders import fashion_conditions, open_detector
 from commands import ROOT, environment, launch, launch_command, python
 
+from engine.augmentation import mirror_and_shift
 from engine.config import DataConfig
 from engine.real_data import open_data
-from engine.training import augment
 
 DETECTOR = ["--config", str(ROOT / "configs" / "train_detector.yaml"), "data.holdout_per_class=0"]
 GENERATOR = ["--config", str(ROOT / "configs" / "train_generator.yaml"), "data.holdout_per_class=0"]
@@ -134,8 +134,8 @@ def test_mistakes_end_in_one_line(tmp_path, change, message):
 def test_augmentation_moves_and_mirrors_whole_images():
     images = torch.arange(2 * 64, dtype=torch.uint8).view(2, 1, 8, 8)
     stream = torch.Generator().manual_seed(0)
-    assert torch.equal(augment(images, stream, flip=False, shift=0), images)
-    moved = augment(images.repeat(50, 1, 1, 1), stream, flip=True, shift=2)
+    assert torch.equal(mirror_and_shift(images, stream, flip=False, pixels=0), images)
+    moved = mirror_and_shift(images.repeat(50, 1, 1, 1), stream, flip=True, pixels=2)
     assert moved.shape == (100, 1, 8, 8)
     padded = torch.nn.functional.pad(images[0, 0], (2, 2, 2, 2))
     windows = [padded[i : i + 8, j : j + 8] for i in range(5) for j in range(5)]

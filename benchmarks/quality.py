@@ -1,0 +1,162 @@
+"""Does it distil better? Every method x images per class x student x seed of one configuration, resumable.
+
+    python benchmarks/quality.py configs/quality_fashion_mnist.yaml --work runs/quality
+    python benchmarks/quality.py configs/quality_cifar10.yaml --work runs/quality-cifar10 data.path=FOLDER --jobs 2
+
+Makes the distillation runs and selections that the sets need, trains the students (``engine/evaluate_student.py``) and
+writes one table, one JSON and one plot a student into ``--out``. The same command goes on where it was; ``--jobs`` processes of
+one thread share every stage. Keys after the options go into every distillation run and, those of ``data``, into every
+comparison. The last line is JSON; every table has the command that makes one of its rows anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+from benchmarks.line_plot import line_plot
+from benchmarks.measuring import ROOT, machine
+from engine.evaluation import format_table
+
+_KEYS = ("run", "overrides", "seeds", "images_per_class", "runs", "selections", "sets", "students", "evaluation")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration file asks for.
+
+    ``runs`` {name: keys}; ``selections`` {name: [run, keys ...]}; ``sets`` {name: KIND:PLACE}, where {RUN} stands for
+    the folder of a run and {ipc} for the images per class; ``students`` {name: keys}.
+    """
+
+    run: str
+    overrides: list[str]
+    seeds: int
+    images_per_class: list[int]
+    runs: dict[str, list[str]]
+    selections: dict[str, list[str]]
+    sets: dict[str, str]
+    students: dict[str, list[str]]
+    evaluation: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read a configuration; raises SystemExit naming the key that is missing or unknown."""
+        content = yaml.safe_load(path.read_text())
+        if set(content) != set(_KEYS):
+            raise SystemExit(f"{path}: {sorted(set(content) ^ set(_KEYS))} missing or unknown; wanted: {', '.join(_KEYS)}")
+        return cls(**content)
+
+
+class Study:
+    """The runs, selections and comparisons of one plan below one folder."""
+
+    def __init__(self, plan: Plan, work: Path, overrides: list[str], jobs: int) -> None:
+        self._plan, self._work, self._jobs = plan, work, jobs
+        self._overrides = [*plan.overrides, *overrides]
+        self._data = [text for text in self._overrides if text.startswith("data.")]
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if jobs > 1 else {}
+        self._environment = {**os.environ, **threads, "ACCELERATE_USE_CPU": os.environ.get("ACCELERATE_USE_CPU", "1")}
+
+    def _folder(self, ipc: int, run: str, seed: int | str) -> Path:
+        return self._work / f"ipc{ipc}" / f"{run}-{seed}"
+
+    def _call(self, command: list[str], jobs: int = 1) -> None:
+        """Run a command in ``jobs`` processes that share its work by leases or rank; raises SystemExit if one fails."""
+        started = []
+        for rank in range(jobs):
+            ranks = {"RANK": str(rank), "WORLD_SIZE": str(jobs), "LOCAL_RANK": "0"} if jobs > 1 else {}
+            environment = {**self._environment, **ranks}
+            started.append(subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT))
+        if any([process.wait() for process in started]):
+            raise SystemExit(f"failed: {shlex.join(command)}")
+
+    def distill(self, ipc: int) -> None:
+        """Make what is missing of the runs and selections of one number of images per class."""
+        for seed in range(self._plan.seeds):
+            for run, keys in self._plan.runs.items():
+                folder = self._folder(ipc, run, seed)
+                if not (folder / "report" / "summary.json").exists():
+                    fixed = [f"seed={seed}", f"prototypes.images_per_class={ipc}", "runtime.progress_seconds=60"]
+                    command = ["engine/distill.py", "--config", self._plan.run, "--output", str(folder)]
+                    self._call([*command, *fixed, *self._overrides, *keys], self._jobs)
+            for name, (run, *keys) in self._plan.selections.items():
+                folder = self._folder(ipc, run, seed)
+                if not (folder / "selections" / name / "shards" / "SHA256SUMS").exists():
+                    self._call(["-m", "engine.cli", "select", str(folder), "--name", name, *keys])
+
+    def compare(self, ipc: int, student: str) -> tuple[dict[str, Any], str]:
+        """Train the students that are missing; returns the table and the command of one of its rows."""
+        places = {run: str(self._folder(ipc, run, "{seed}")) for run in self._plan.runs}
+        sets = [f"{name}={place.format(**places, ipc=ipc)}" for name, place in self._plan.sets.items()]
+        path = self._work / f"ipc{ipc}" / f"{student}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump({**self._plan.evaluation, "seeds": self._plan.seeds, "sets": sets}))
+        output = self._work / f"ipc{ipc}" / student
+        command = ["engine/evaluate_student.py", "--config", str(path), *self._data, *self._plan.students[student]]
+        self._call([*command, "--output", str(output)], self._jobs)
+        table: dict[str, Any] = json.loads((output / "table.json").read_text())
+        return table, shlex.join(["python", *command, f'sets=["{sets[0]}"]', "--output", "AGAIN"])
+
+
+def report(tables: dict[str, dict[int, dict[str, Any]]], rows: dict[str, str], head: list[str]) -> str:
+    """Return all tables as Markdown; ``rows`` are the commands that make one row of each student's tables anew."""
+    lines = list(head)
+    for student, found in tables.items():
+        for ipc, table in found.items():
+            lines += [f"## {student}, {ipc} per class", "", format_table(table)]
+        lines += [f"The first row again: `{rows[student]}`", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the study and write its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs and results so far")
+    parser.add_argument("--out", type=Path, help="folder for the tables; --work where not given")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one CPU thread each where there are several")
+    parser.add_argument("--ipc", type=int, nargs="*", help="only these numbers of images per class")
+    parser.add_argument("--students", nargs="*", help="only these students")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    plan, begin = Plan.read(arguments.config), time.perf_counter()
+    study = Study(plan, arguments.work, arguments.overrides, arguments.jobs)
+    tables: dict[str, dict[int, dict[str, Any]]] = {}
+    again: dict[str, str] = {}
+    for ipc in arguments.ipc or plan.images_per_class:
+        study.distill(ipc)
+        for student in arguments.students or plan.students:
+            tables.setdefault(student, {})[ipc], again[student] = study.compare(ipc, student)
+    info, out = machine("cpu"), arguments.out or arguments.work
+    stem = f"{arguments.config.stem}_{info['date']}"
+    seconds = round(time.perf_counter() - begin)
+    head = [f"# {arguments.config.stem}, {info['device']}, {info['threads']} threads, commit {info['commit']}", ""]
+    head += [f"`{info['command']}`; this start took {seconds} s (the same command resumes).", ""]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.md").write_text(report(tables, again, head))
+    for student, found in tables.items():
+        names = [row["name"] for row in next(iter(found.values()))["rows"]]
+        lines = {n: [(k, 100 * r["mean"]) for k, t in found.items() for r in t["rows"] if r["name"] == n] for n in names}
+        plot = line_plot(f"{arguments.config.stem}, {student}", "images per class", "accuracy, %", lines)
+        (out / f"{stem}_{student}.svg").write_text(plot)
+    result = {"benchmark": "quality", "machine": info, "seconds": seconds, "tables": tables}
+    (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print((out / f"{stem}.md").read_text())
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

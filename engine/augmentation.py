@@ -1,0 +1,108 @@
+"""Augmentation of batches of uint8 images (N, C, S, S), all images of a batch at once.
+
+Results are uint8 again: student and teacher then see the very same picture, and a picture is what a file could hold.
+Every function draws from the stream it is given and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Directions and deviations of colour in ImageNet's pixels (Krizhevsky et al. 2012, section 4.1), RGB in [0, 1].
+_COLOUR_DEVIATION = (0.2175, 0.0188, 0.0045)
+_COLOUR_DIRECTION = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+_LUMA = (0.299, 0.587, 0.114)
+_ASPECT = (3.0 / 4.0, 4.0 / 3.0)  # of a crop, as in Szegedy et al. 2015
+
+
+def mirror(images: Tensor, stream: torch.Generator) -> Tensor:
+    """Mirror half of the images."""
+    mirrored = torch.rand(len(images), generator=stream) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def shift(images: Tensor, stream: torch.Generator, pixels: int) -> Tensor:
+    """Shift each image by up to ``pixels`` in both directions; what comes in is black."""
+    count, _, side, _ = images.shape
+    padded = functional.pad(images, (pixels,) * 4)
+    offsets = torch.randint(0, 2 * pixels + 1, (count, 2), generator=stream)
+    rows = offsets[:, :1] + torch.arange(side)
+    columns = offsets[:, 1:] + torch.arange(side)
+    pick = torch.arange(count).view(-1, 1, 1)
+    return padded.permute(0, 2, 3, 1)[pick, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def mirror_and_shift(images: Tensor, stream: torch.Generator, flip: bool, pixels: int) -> Tensor:
+    """Apply :func:`mirror` where ``flip`` is set, then :func:`shift`."""
+    images = mirror(images, stream) if flip else images
+    return shift(images, stream, pixels) if pixels else images
+
+
+def _to_levels(images: Tensor) -> Tensor:
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def crop(images: Tensor, stream: torch.Generator, smallest: float) -> Tensor:
+    """Cut a box of ``smallest`` to 1 of each image's area and stretch it over the image (bilinear)."""
+    count = len(images)
+    area = smallest + (1.0 - smallest) * torch.rand(count, generator=stream)
+    low, high = (math.log(bound) for bound in _ASPECT)
+    aspect = torch.exp(low + (high - low) * torch.rand(count, generator=stream))
+    width, height = (area * aspect).sqrt().clamp(max=1.0), (area / aspect).sqrt().clamp(max=1.0)
+    corner = torch.rand((count, 2), generator=stream)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = width, height
+    theta[:, 0, 2] = (2.0 * corner[:, 0] - 1.0) * (1.0 - width)
+    theta[:, 1, 2] = (2.0 * corner[:, 1] - 1.0) * (1.0 - height)
+    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
+    cut = functional.grid_sample(images.float(), grid, "bilinear", "border", align_corners=False)
+    return _to_levels(cut)
+
+
+def colour_jitter(images: Tensor, stream: torch.Generator, strength: float) -> Tensor:
+    """Change brightness, contrast and saturation of each image by factors within 1 +- ``strength``, in this order."""
+    count, channels = images.shape[:2]
+    factors = 1.0 + strength * (2.0 * torch.rand((3, count, 1, 1, 1), generator=stream) - 1.0)
+    x = (images.float() * factors[0]).clamp(0, 255)
+    luma = torch.tensor(_LUMA if channels == 3 else (1.0,)).view(1, -1, 1, 1)
+    grey = (x * luma).sum(1, keepdim=True)
+    middle = grey.mean((1, 2, 3), keepdim=True)
+    x = (middle + factors[1] * (x - middle)).clamp(0, 255)
+    if channels == 3:
+        grey = (x * luma).sum(1, keepdim=True)
+        x = grey + factors[2] * (x - grey)
+    return _to_levels(x)
+
+
+def lighting(images: Tensor, stream: torch.Generator, strength: float) -> Tensor:
+    """Add a colour to each RGB image, normally distributed along the main directions of natural colours."""
+    drawn = strength * torch.randn((len(images), 3), generator=stream) * torch.tensor(_COLOUR_DEVIATION)
+    if images.shape[1] != 3:
+        return images
+    colour = drawn @ torch.tensor(_COLOUR_DIRECTION).T
+    return _to_levels(images.float() + 255.0 * colour.view(-1, 3, 1, 1))
+
+
+def cut_and_mix(images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Paste one box of each image's partner into it (CutMix; Yun et al. 2019, arXiv 1905.04899).
+
+    The box is the same for the batch, its share of the area is uniform. Returns the images, the position of each
+    partner (N,), and the share of an image's own pixels, in [0, 1].
+    """
+    side = images.shape[-1]
+    partner = torch.randperm(len(images), generator=stream)
+    share, *centre = torch.rand(3, generator=stream).tolist()
+    half = 0.5 * side * math.sqrt(share)
+    top, left = (max(0, round(side * at - half)) for at in centre)
+    bottom, right = (min(side, round(side * at + half)) for at in centre)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[partner][:, :, top:bottom, left:right]
+    return mixed, partner, 1.0 - (bottom - top) * (right - left) / side**2

@@ -1,0 +1,206 @@
+"""Small labelled sets that are compared: shards, what a run had before refinement, and selections of real images.
+
+A set is ``NAME=KIND:PLACE``; ``{seed}`` in PLACE stands for the seed, so each seed may have a distillation run of its own.
+
+    shards:FOLDER   the shards of a run            random:IPC    random real images, drawn anew for each seed
+    bases:RUN       its base images, unrefined     herding:IPC   real images whose mean follows the class's (Welling 2009)
+    nearest:RUN     the real image nearest to      kcenter:IPC   real images that cover the class (Sener and Savarese 2018)
+                    each prototype                 central:IPC   real images nearest to the mean of the class
+                                                   sre2l:IPC     images inverted from the teacher (arXiv 2306.13092)
+
+``herding``, ``kcenter`` and ``central`` look at the features of the teacher; with ``sre2l`` they need one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine import coresets, imaging, shards, workplan
+from engine.config import JudgeConfig
+from engine.detector import Classifier
+from engine.finishing import open_pool
+from engine.inversion import InversionConfig, invert
+from engine.labels import match_classes
+from engine.networks import load_network
+from engine.prototype_files import read_prototypes
+from engine.publish import canonical_json, digest_bytes, publish_bytes
+from engine.real_data import RealData
+from engine.records import UsageError
+from engine.run_record import read_record
+from engine.soft_labels import decode_soft_label
+
+_CORESETS = {
+    "herding": coresets.herding,
+    "kcenter": coresets.k_center_greedy,
+    "central": coresets.nearest_to_mean,
+}
+KINDS = ("shards", "bases", "nearest", "random", *_CORESETS, "sre2l")
+_COUNTED = ("random", *_CORESETS, "sre2l")  # PLACE is a number of images per class
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Images (N, C, S, S) uint8, labels (N,) int64, and where they were stored distributions (N, classes) float32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    soft: np.ndarray | None = None
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all of it."""
+        soft = b"" if self.soft is None else self.soft.tobytes()
+        return digest_bytes(self.images.tobytes() + self.labels.tobytes() + soft)
+
+
+def read_shards(folder: Path, image_size: int, channels: int, num_classes: int) -> LabelledSet:
+    """Read the samples of finished shards; raises UsageError where they are not finished or damaged."""
+    sums = folder / shards.SUMS
+    if not sums.is_file():
+        raise UsageError(f"sets: {folder} holds no {shards.SUMS}; finished shards are needed")
+    digests = {line[66:]: line[:64] for line in sums.read_text().splitlines()}
+    images, labels, soft = [], [], []
+    for path in sorted(folder.glob("train-*.tar")):
+        if digest_bytes(path.read_bytes()) != digests.get(path.name):
+            raise UsageError(f"sets: {path} does not match {shards.SUMS}")
+        with tarfile.open(path) as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                assert stream is not None  # shards hold plain files only
+                if member.name.endswith(".cls"):
+                    labels.append(int(stream.read()))
+                elif member.name.endswith(".soft.npy"):
+                    soft.append(decode_soft_label(stream.read(), num_classes))
+                elif not member.name.endswith(".json"):
+                    images.append(imaging.fit(imaging.decode(stream.read(), channels), image_size, "resize"))
+    stored = np.stack(soft) if soft else None
+    return LabelledSet(np.stack(images), np.array(labels, np.int64), stored)
+
+
+def read_bases(run: Path, image_size: int, channels: int) -> LabelledSet:
+    """Read attempt 0 of every slot from a run's pool: what prototypes give without refinement."""
+    record = read_record(run)
+    pool = open_pool(run, record)
+    images, labels = [], []
+    for unit in record.units():
+        for attempts in pool.read(unit):
+            base = attempts[0]
+            if base.size:
+                data = pool.read_image(unit.index, base.offset, base.size, base.sha256)
+                images.append(imaging.fit(imaging.decode(data, channels), image_size, "resize"))
+                labels.append(unit.class_index)
+    return LabelledSet(np.stack(images), np.array(labels, np.int64))
+
+
+def draw_random(data: RealData, images_per_class: int, seed: int) -> LabelledSet:
+    """Draw real images, the same number of every class, without replacement."""
+    parts = []
+    for class_index in range(len(data.class_names)):
+        stream = workplan.generator(seed, workplan.RANDOM_SUBSET, class_index)
+        everything = _class_of(data, class_index, images_per_class, "random")
+        parts.append(everything[np.sort(stream.permutation(len(everything))[:images_per_class])])
+    return LabelledSet(np.concatenate(parts), np.repeat(np.arange(len(parts)), images_per_class))
+
+
+def _class_of(data: RealData, class_index: int, wanted: int, kind: str) -> np.ndarray:
+    everything = data.load_class(class_index)
+    if wanted > len(everything):
+        raise UsageError(f"sets: {kind}:{wanted} given; class {class_index} has {len(everything)} images")
+    return everything
+
+
+def read_nearest(data: RealData, run: Path) -> LabelledSet:
+    """Read the real image nearest to each prototype of a run; raises UsageError where the run used other data."""
+    record = read_record(run)
+    if record.digests["data"] != data.digest:
+        raise UsageError(f"sets: {run} was made from other data than data.path; its nearest images are not here")
+    images, labels = [], []
+    for class_index in range(len(data.class_names)):
+        for position in read_prototypes(run / "prototypes", class_index).nearest:
+            image = data.read(class_index, int(position))
+            if image is not None:
+                images.append(image)
+                labels.append(class_index)
+    return LabelledSet(np.stack(images), np.array(labels, np.int64))
+
+
+class SetReader:
+    """Reads the sets of one comparison; what costs minutes is kept below ``cache``."""
+
+    def __init__(
+        self,
+        data: RealData,
+        cache: Path,
+        teacher: Callable[[], Classifier],
+        options: JudgeConfig,
+        inversion: InversionConfig,
+        device: str,
+    ) -> None:
+        """``teacher`` opens the classifier of ``options``; what it knows is not asked before a set needs it."""
+        self._data, self._cache, self._teacher = data, cache, teacher
+        self._options, self._inversion, self._device = options, inversion, device
+
+    def parse(self, text: str) -> tuple[str, Callable[[int], LabelledSet]]:
+        """Return name and reader of one ``NAME=KIND:PLACE``; the reader takes the seed."""
+        name, _, rest = text.partition("=")
+        kind, _, place = rest.partition(":")
+        named = re.fullmatch(r"[\w .,()+-]{1,80}", name)
+        if kind not in KINDS or not place or not named or (kind in _COUNTED and not place.isdigit()):
+            raise UsageError(f"sets: {text!r} given; allowed: NAME=KIND:PLACE with KIND one of {', '.join(KINDS)}")
+        return name, lambda seed: self._read(kind, place.format(seed=seed), seed)
+
+    def _read(self, kind: str, place: str, seed: int) -> LabelledSet:
+        side, channels = self._data.size, self._data.channels
+        if kind == "shards":
+            return read_shards(Path(place), side, channels, len(self._data.class_names))
+        if kind == "bases":
+            return read_bases(Path(place), side, channels)
+        if kind == "nearest":
+            return read_nearest(self._data, Path(place))
+        if kind == "random":
+            return draw_random(self._data, int(place), seed)
+        if kind == "sre2l":
+            return self._invert(int(place), seed)
+        return self._coreset(kind, int(place))
+
+    def _coreset(self, kind: str, count: int) -> LabelledSet:
+        """Return a coreset; its positions do not depend on the seed, and are kept."""
+        path = self._cache / f"{kind}-{count}.json"
+        bound = {"data": self._data.digest, "teacher": self._teacher().digest}
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        if {name: kept.get(name) for name in bound} != bound:
+            path.unlink(missing_ok=True)
+            chosen = []
+            for class_index in range(len(self._data.class_names)):
+                images = _class_of(self._data, class_index, count, kind)
+                chosen.append(_CORESETS[kind](self._teacher().classify(images)[1], count).tolist())
+            kept = {**bound, "positions": chosen}
+            self._cache.mkdir(parents=True, exist_ok=True)
+            publish_bytes(path, canonical_json(kept))
+        parts = [self._data.load_class(c)[np.array(positions)] for c, positions in enumerate(kept["positions"])]
+        return LabelledSet(np.concatenate(parts), np.repeat(np.arange(len(parts)), count))
+
+    def _invert(self, count: int, seed: int) -> LabelledSet:
+        labels = np.tile(np.arange(len(self._data.class_names)), count)
+        teacher = self._teacher()
+        name = digest_bytes(canonical_json([teacher.digest, repr(self._inversion), count, seed, self._data.size]))[:16]
+        path = self._cache / f"sre2l-{name}.npy"
+        if not path.exists():
+            shape, network = (self._data.channels, self._data.size, self._data.size), load_network(self._options, "teacher")
+            outputs = match_classes(
+                self._data.classes, network.names, how=self._options.match, key="teacher", what="the teacher"
+            )
+            made = invert(network, np.array(outputs)[labels], shape, self._inversion, seed, self._device)
+            self._cache.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            np.save(buffer, made, allow_pickle=False)
+            publish_bytes(path, buffer.getvalue())
+        return LabelledSet(np.load(path, allow_pickle=False), labels)
