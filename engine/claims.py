@@ -16,8 +16,8 @@ from typing import Any
 from engine.lease_rules import ITEMS_PER_FOLDER, Holder, LeaseFiles, Seen, Work, is_expired
 
 _MISSES = 2  # claims lost in a row after which a local list is too old to go on with
-_VISITS, _WAITING_VISITS = 16, 4  # folders listed in vain before a claim gives up; the same for one who waits
-_SAMPLE = 16  # leases of others that one visit looks at
+_VISITS, _WAITING_VISITS = 8, 2  # folders listed in vain before a claim gives up; the same for one who waits
+_SAMPLE = 8  # leases of others that one visit looks at
 DONE = ".done"  # ending of the mark that a folder of a stage is complete
 
 

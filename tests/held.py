@@ -1,7 +1,7 @@
-"""Run the main job and hold it after its second unit until it is killed or asked to stop: ``held.py ...``.
+"""Run the main job and hold it in the middle of its work, however fast the machine is: ``held.py ...``.
 
-A test that interrupts a run must meet it in the middle of its work, however fast the machine is. A job that SLURM
-has put into the queue again is not held any more.
+It is held after its second unit until it is killed or asked to stop, and not any more once SLURM has put it into the
+queue again. With HOLD_UNTIL=shared it is held after its first unit until another process has published one as well.
 """
 
 import os
@@ -24,8 +24,15 @@ def counting_publish(self, unit, images):
     published.append(unit.index)
 
 
+def is_held():
+    if os.environ.get("HOLD_UNTIL") == "shared":
+        logs = Path(sys.argv[sys.argv.index("--output") + 1], "logs").glob("*.jsonl")
+        return bool(published) and sum('"event": "unit"' in log.read_text() for log in logs) < 2
+    return len(published) >= 2 and "SLURM_RESTART_COUNT" not in os.environ
+
+
 def holding_check(self):
-    while len(published) >= 2 and "SLURM_RESTART_COUNT" not in os.environ and not self.requested():
+    while is_held() and not self.requested():
         time.sleep(0.02)
     check(self)
 

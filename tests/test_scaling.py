@@ -14,6 +14,7 @@ from benchmarks.cluster_model import Shape, SharedWork, Timing, VirtualCluster, 
 from benchmarks.line_plot import line_plot
 from benchmarks.virtual_files import VirtualFiles
 from engine.claims import Claims
+from engine.estimate import Work, choose_unit_slots
 from engine.lease_rules import Holder
 from engine.leases import RealFiles
 from engine.records import Verdict
@@ -159,6 +160,13 @@ def test_a_real_run_takes_the_steps_that_are_predicted(tmp_path):
     predicted = scaling.predict(folder, (1,), steps=7)[1]["steps"]
     assert abs(loop["steps"] - predicted) <= 2 * 7  # the order of claims differs, and with it the last waves
     assert loop["steps"] > 4 * 7
+
+
+def test_units_are_those_that_the_estimator_would_choose():
+    work = Work(row=0.803e12, decode=2.5e12, encode=0.0)  # Stable Diffusion 1.5 at 512 px
+    rows = scaling.STEPS * scaling.ROWS_OF_IMAGE
+    chosen = choose_unit_slots(50, rows, work, scaling.CANDIDATES, "cuda", every_slot=False)
+    assert chosen == scaling.UNIT_SLOTS
 
 
 def test_doubling_helps_until_it_saves_less_than_a_tenth():
