@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from array import array
@@ -22,10 +23,15 @@ class Placed:
     offset: int
     size: int
     sha256: str
+    soft_label: bytes = b""  # content of KEY.soft.npy; empty where the run keeps none
 
     def encode(self) -> bytes:
         """Return the line of this choice."""
-        return json.dumps(asdict(self), sort_keys=True).encode() + b"\n"
+        content = asdict(self)
+        soft_label = content.pop("soft_label")
+        if soft_label:
+            content["soft_label"] = base64.b64encode(soft_label).decode()
+        return json.dumps(content, sort_keys=True).encode() + b"\n"
 
 
 def parse(line: bytes) -> Placed:
@@ -33,7 +39,8 @@ def parse(line: bytes) -> Placed:
     content: dict[str, Any] = json.loads(line)
     choice = dict(content["choice"])
     choice.update(base=Verdict(**choice["base"]), chosen=Verdict(**choice["chosen"]))
-    return Placed(Choice(**choice), content["unit"], content["offset"], content["size"], content["sha256"])
+    soft_label = base64.b64decode(content.get("soft_label", ""))
+    return Placed(Choice(**choice), content["unit"], content["offset"], content["size"], content["sha256"], soft_label)
 
 
 class ChoiceFile:

@@ -186,6 +186,9 @@ class OutputConfig:
     size: int = key(0, "pixels of a side of a written image; 0 keeps the generator's", low=0)
     format: str = key("png", "encoding of written images", choices=("png", "jpg", "webp"))
     quality: int = key(95, "encoder quality of jpg and webp", low=1, high=100)
+    soft_labels: int = key(
+        0, "most probable classes of the detector kept of every image, as KEY.soft.npy in the shards; 0: none", low=0
+    )
     samples_per_shard: int = key(1000, "samples of a WebDataset shard", kind=SELECTION, low=1)
 
 

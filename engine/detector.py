@@ -19,6 +19,7 @@ from engine.labels import ClassList, match_classes
 from engine.networks import Network, check_outputs, load_network
 from engine.preprocessing import Preprocessor
 from engine.records import UsageError, Verdict
+from engine.soft_labels import top_classes
 from engine.transfers import Arrival
 
 _UNKNOWN_SIDE = 224  # of a probe image where neither preprocessing nor network fixes one
@@ -193,6 +194,10 @@ class Classifier:
             for row, class_index in zip(probabilities, class_indices, strict=True)
         ]
         return verdicts, features
+
+    def soft_labels(self, arrived: np.ndarray, count: int) -> np.ndarray:
+        """Return the ``count`` most probable classes of each image, float16 (N, 2, count), of a launched batch."""
+        return top_classes(self._split(arrived)[0], count)
 
     def _split(self, arrived: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         probabilities, features = np.split(arrived, [len(self.class_names)], axis=1)

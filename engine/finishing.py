@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from engine.run_record import RunRecord, reconfigure
 from engine.selection import Rule, choose_for_class
 from engine.settings import SELECTION, flatten
 from engine.shards import ShardSet, data_card, is_complete, publish_index, publish_shard, shard_lengths, shard_name
+from engine.soft_labels import SUFFIX, encode_soft_label
 
 DEFAULT_SELECTION = "default"
 _COMPLETE, _CHOICES = "COMPLETE", "choices.jsonl"
@@ -73,6 +75,11 @@ def selection_settings(config: RunConfig) -> dict[str, Any]:
     settings.update({"selection.beta": config.beta, "selection.top_k": config.top_k})
     del settings["selection.name"]
     return settings
+
+
+def _place(choice: Choice, unit: int, attempt: Attempt) -> Placed:
+    soft_label = b"" if attempt.soft_label is None else encode_soft_label(attempt.soft_label)
+    return Placed(choice, unit, attempt.offset, attempt.size, attempt.sha256, soft_label)
 
 
 class Finishing:
@@ -184,8 +191,7 @@ class Finishing:
         self.check()
 
     def _refuse_incomplete(self) -> None:
-        missing = self._pool.missing(self._units)
-        if missing:
+        if missing := self._pool.missing(self._units):
             raise Unfinished(missing, len(self._units))
 
     def _select(self) -> None:
@@ -224,7 +230,7 @@ class Finishing:
                 left = kept[owners[choice.slot]]
                 if left is not None and attempt.offset not in left:
                     raise self._pool.dropped(owners[choice.slot])
-                yield Placed(choice, owners[choice.slot], attempt.offset, attempt.size, attempt.sha256).encode()
+                yield _place(choice, owners[choice.slot], attempt).encode()
 
     def choices(self) -> ChoiceFile:
         """Open the choices of this selection; raises UsageError where they do not match their digest."""
@@ -232,8 +238,8 @@ class Finishing:
         return ChoiceFile(self.folder / _CHOICES, sha256, _COMPLETE, slots, self._remedy)
 
     def placed(self) -> list[Placed]:
-        """Return the choices of this selection, class by class."""
-        return list(self.choices())
+        """Return the choices of this selection, class by class; without soft labels, which only shards need."""
+        return [replace(placed, soft_label=b"") for placed in self.choices()]
 
     def read_image(self, placed: Placed) -> bytes:
         """Return the encoded image of a choice."""
@@ -246,7 +252,7 @@ class Finishing:
             return placed
         unit = self._units[placed.unit]
         base = self._sidecar(unit)[choice.slot - unit.first_slot][0]
-        return Placed(choice, placed.unit, base.offset, base.size, base.sha256)
+        return _place(choice, placed.unit, base)
 
     def _sidecar(self, unit: Unit) -> list[list[Attempt]]:
         if self._last_read[0] != unit.index:
@@ -291,15 +297,19 @@ class Finishing:
         """Return the digest that a shard must have; empty where none is recorded."""
         return content_of(self.record_path(index)).decode(errors="replace").removesuffix("\n")
 
-    def part(self, choices: ChoiceFile, index: int) -> tuple[list[Choice], Callable[[Choice], bytes]]:
-        """Return the choices of a shard, and what reads their images."""
+    def part(self, choices: ChoiceFile, index: int) -> tuple[list[Choice], Callable[[Choice], dict[str, bytes]]]:
+        """Return the choices of a shard, and what reads the image and the soft label of each, by their suffixes."""
         size = self._config.output.samples_per_shard
-        images = {(p.choice.class_index, p.choice.slot): p for p in choices.part(index * size, (index + 1) * size)}
-        return [p.choice for p in images.values()], lambda c: self.read_image(images[c.class_index, c.slot])
+        placed = {(p.choice.class_index, p.choice.slot): p for p in choices.part(index * size, (index + 1) * size)}
+        return [p.choice for p in placed.values()], lambda c: self._files(placed[c.class_index, c.slot])
+
+    def _files(self, placed: Placed) -> dict[str, bytes]:
+        files = {self._config.output.format: self.read_image(placed)}
+        return {**files, SUFFIX: placed.soft_label} if placed.soft_label else files
 
     def _make_shard(self, index: int, choices: ChoiceFile) -> None:
-        chosen, read_image = self.part(choices, index)
-        sha256 = publish_shard(self.shards_folder, index, chosen, self.shared(), read_image)
+        chosen, read_files = self.part(choices, index)
+        sha256 = publish_shard(self.shards_folder, index, chosen, self.shared(), read_files)
         self._records.mkdir(exist_ok=True)
         publish_same(self.record_path(index), f"{sha256}\n".encode())
 
@@ -320,6 +330,7 @@ class Finishing:
             seed=self._record.config["seed"],
             generator_digest=self._record.digests["generator"],
             detector_digest=self._record.digests["detector"],
+            soft_labels=self._config.output.soft_labels,
         )
 
     def _title(self) -> str:
@@ -334,4 +345,6 @@ class Finishing:
         settings.update(selection_settings(self._config))
         settings.update({f"{name} sha256": digest for name, digest in self._record.digests.items()})
         settings["seed"] = self._record.config["seed"]
+        if self._config.output.soft_labels:
+            settings["output.soft_labels"] = self._config.output.soft_labels
         return settings

@@ -58,9 +58,17 @@ class ImageMaker:
     """
 
     def __init__(
-        self, backend: Backend, detector: Classifier, image_format: ImageFormat, *, vae_batch: int, device: str
+        self,
+        backend: Backend,
+        detector: Classifier,
+        image_format: ImageFormat,
+        *,
+        vae_batch: int,
+        device: str,
+        soft_labels: int = 0,
     ) -> None:
         self._backend, self._detector, self._format = backend, detector, image_format
+        self._soft_labels = soft_labels  # classes kept of each image; 0: none
         self._vae_batch, self._device, self._side = vae_batch, device, SideStream(device)
         self.health = dict.fromkeys(("latents_not_finite", "decoded_again", "images_not_finite", "flat"), 0)
 
@@ -159,10 +167,14 @@ class ImageMaker:
         assert batch.usable is not None  # settled
         arrived = batch.verdicts.wait()[0]
         verdicts, features = self._detector.read(arrived, [key.class_index for key in batch.keys])
+        soft: list[np.ndarray | None] = [None] * len(batch.keys)
+        if self._soft_labels:
+            labels = self._detector.soft_labels(arrived[: len(batch.keys)], self._soft_labels)
+            soft = [labels[i] if batch.usable[i] else np.zeros_like(labels[i]) for i in range(len(labels))]
         return [
-            MadeImage(key, verdicts[i], features[i], batch.data[i])
+            MadeImage(key, verdicts[i], features[i], batch.data[i], soft[i])
             if batch.usable[i]
-            else MadeImage(key, _FAILED, np.zeros_like(features[i]), b"")
+            else MadeImage(key, _FAILED, np.zeros_like(features[i]), b"", soft[i])
             for i, key in enumerate(batch.keys)
         ]
 

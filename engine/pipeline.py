@@ -128,7 +128,14 @@ class Job:
         loop = DenoisingLoop(models.backend, models.conditions, solver, guidance, rows=rows, seed=config.seed)
         image_format = ImageFormat(decisions["image_size"], config.output.format, config.output.quality)
         vae_batch = config.generator.vae_batch
-        maker = ImageMaker(models.backend, models.detector, image_format, vae_batch=vae_batch, device=models.device)
+        maker = ImageMaker(
+            models.backend,
+            models.detector,
+            image_format,
+            vae_batch=vae_batch,
+            device=models.device,
+            soft_labels=config.output.soft_labels,
+        )
         if models.device.startswith("cuda") or decisions["compile"]:
             with self.clock.span("warm_up"):  # kernels are loaded and compiled before anything is timed
                 loop.warm_up()

@@ -1,8 +1,9 @@
 """The pool: every image that was ever generated, its verdict and its features, unit by unit.
 
 A unit is three files. ``unit-N.tar`` holds the encoded images, ``unit-N.safetensors`` the verdicts,
-the features and where each image lies in the tar, and ``unit-N.json``, written last, their digests:
-a unit is complete when its manifest is there. Selection reads sidecars only.
+the features, the soft labels where the run keeps them, and where each image lies in the tar, and
+``unit-N.json``, written last, their digests: a unit is complete when its manifest is there. Selection
+reads sidecars only.
 
 A pruned unit has ``unit-N.pruned.tar`` with some of the images in the place of ``unit-N.tar``, and
 ``unit-N.pruned.json`` with its digest and where each image went. Sidecar and manifest stay as they are.
@@ -46,6 +47,7 @@ class MadeImage:
     verdict: Verdict
     feature: np.ndarray  # (F,) float32
     data: bytes  # the encoded image
+    soft_label: np.ndarray | None = None  # (2, K) float16 (see soft_labels); None where the run keeps none
 
 
 class Pool:
@@ -258,7 +260,9 @@ def _span(unit: Unit) -> dict[str, int]:
 def _columns(images: Sequence[MadeImage], offsets: np.ndarray) -> dict[str, np.ndarray]:
     keys, verdicts = [image.key for image in images], [image.verdict for image in images]
     digests = b"".join(bytes.fromhex(digest_bytes(image.data)) for image in images)
+    soft = [image.soft_label for image in images if image.soft_label is not None]
     return {
+        **({"soft_label": np.stack(soft)} if soft else {}),
         "class_index": np.array([key.class_index for key in keys], np.int32),
         "slot": np.array([key.slot for key in keys], np.int32),
         "attempt": np.array([key.attempt for key in keys], np.int32),
@@ -287,6 +291,7 @@ def _attempts(columns: dict[str, np.ndarray]) -> list[Attempt]:
             offset=int(columns["offset"][i]),
             size=int(columns["size"][i]),
             sha256=columns["sha256"][i].tobytes().hex() if columns["size"][i] else "",
+            soft_label=columns["soft_label"][i] if "soft_label" in columns else None,
         )
         for i in range(len(columns["slot"]))
     ]

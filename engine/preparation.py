@@ -27,6 +27,7 @@ from engine.readers.naming import choose_classes
 from engine.real_data import RealData, check_counts, open_data
 from engine.run_record import RunRecord
 from engine.settings import flatten
+from engine.soft_labels import check_soft_labels, size_of_soft_label
 from engine.solvers import SOLVERS, Solver
 from engine.synthesis import Guidance
 
@@ -65,6 +66,7 @@ def load_models(config: RunConfig, world: World) -> Models:
     backend = open_backend(config.generator, config.kernels, device)
     data = open_data(config.data, config.data.split, backend.image_size, backend.channels)
     check_counts(data, config.prototypes.images_per_class)
+    check_soft_labels(config.output.soft_labels, len(data.classes))
     options = config.detector
     detector = Classifier.open(
         options, data.classes, section="detector", batch=options.batch, device=device, precision=options.precision
@@ -127,14 +129,15 @@ def cost_of(
     config: RunConfig, backend: Backend, plan: dict[str, int], work: estimate.Work, share: float
 ) -> estimate.Cost:
     """Return what the run costs where ``share`` of the slots get every candidate (policy 'all': every slot does)."""
-    side = config.output.size or backend.image_size
+    side, soft_labels = config.output.size or backend.image_size, config.output.soft_labels
     return estimate.estimate(
         plan["num_classes"] * plan["images_per_class"],
         config.generation.max_candidates,
         1.0 if config.generation.policy == "all" else share,
         rows_of_image=int(make_guidance(config).rows(make_solver(config, backend, "cpu")).sum()),
         work=work,
-        image_bytes=estimate.bytes_of_image(side, backend.channels, config.output.format),
+        image_bytes=estimate.bytes_of_image(side, backend.channels, config.output.format)
+        + (size_of_soft_label(soft_labels) if soft_labels else 0),
         latent_bytes=4.0 * math.prod(backend.latent_shape),
     )
 

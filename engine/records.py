@@ -81,6 +81,7 @@ class Attempt:
     offset: int  # first byte of the encoded image inside the unit's tar; -1 for a failed attempt
     size: int  # bytes; 0 for a failed attempt
     sha256: str  # of the encoded image; empty for a failed attempt
+    soft_label: Any = None  # (2, K) float16 (see soft_labels), zeros for a failed attempt; None where none is kept
 
 
 @dataclass(frozen=True, slots=True)

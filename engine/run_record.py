@@ -25,6 +25,7 @@ from engine.workplan import plan_units
 RUN_FILE = "run.json"
 FORMAT = 2
 _PACKAGES = ("torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
+_LATER_KEYS = {"output.soft_labels": 0}  # identity keys that came after format 2: what every run did before
 _REMEDY = "restore it from a copy, or use another --output"
 
 
@@ -51,7 +52,8 @@ class RunRecord:
         The plan is not in it: later starts take it from the record and never compute it again.
         """
         identity_keys = flatten(build(RunConfig, nested(self.config)), (IDENTITY,))
-        flat = {key: self.config[key] for key in identity_keys}
+        config = {**_LATER_KEYS, **self.config}
+        flat = {key: config[key] for key in identity_keys}
         flat["class list"] = list(self.class_names)
         flat["wnids"] = list(self.wnids)
         flat.update({f"decided {key}": value for key, value in self.decisions.items()})
@@ -59,8 +61,14 @@ class RunRecord:
         return flat
 
     def digest(self) -> str:
-        """Return the sha256 of the identity: pool units carry it."""
-        return digest_bytes(canonical_json(self.identity()))
+        """Return the sha256 of the identity: pool units carry it.
+
+        A later key at the value that says what was done before it existed does not count, so that a run made before
+        is the same run, and none of its bytes change.
+        """
+        identity = self.identity()
+        counted = {k: v for k, v in identity.items() if k not in _LATER_KEYS or v != _LATER_KEYS[k]}
+        return digest_bytes(canonical_json(counted))
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 from engine.archives import TarStream
 from engine.publish import canonical_json, digest_bytes, digest_file, publish_same, staged_file, sweep_staged
 from engine.records import Choice, UsageError
+from engine.soft_labels import SUFFIX, size_of_soft_label
 from engine.workplan import sample_key
 
 SUMS = "SHA256SUMS"
@@ -32,6 +33,7 @@ class ShardSet:
     seed: int
     generator_digest: str
     detector_digest: str
+    soft_labels: int = 0  # classes of a KEY.soft.npy; 0: there is none
 
 
 def shard_name(index: int) -> str:
@@ -88,34 +90,42 @@ class _Hashing(io.RawIOBase):
 
 
 def _write(
-    stream: BinaryIO, choices: Sequence[Choice], shared: ShardSet, read_image: Callable[[Choice], bytes]
+    stream: BinaryIO, choices: Sequence[Choice], shared: ShardSet, read_files: Callable[[Choice], dict[str, bytes]]
 ) -> None:
     tar = TarStream(stream)
     for choice in choices:
         key = sample_key(choice.class_index, choice.slot)
         tar.add(f"{key}.cls", str(choice.class_index).encode())
         tar.add(f"{key}.json", canonical_json(describe(choice, shared)))
-        tar.add(f"{key}.{shared.image_format}", read_image(choice))
+        for suffix, data in read_files(choice).items():
+            tar.add(f"{key}.{suffix}", data)
     tar.close()
 
 
 def publish_shard(
-    folder: Path, index: int, choices: Sequence[Choice], shared: ShardSet, read_image: Callable[[Choice], bytes]
+    folder: Path,
+    index: int,
+    choices: Sequence[Choice],
+    shared: ShardSet,
+    read_files: Callable[[Choice], dict[str, bytes]],
 ) -> str:
-    """Write one shard and return its sha256; ``read_image`` returns the encoded image of a choice.
+    """Write one shard and return its sha256.
+
+    ``read_files`` returns what a sample holds beside label and description, by suffix: the encoded image of a choice
+    and, where the run keeps one, its soft label.
 
     Raises UsageError where the shard is there with other content than the choices give.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with staged_file(folder / shard_name(index)) as staged:
-        _write(staged.stream, choices, shared, read_image)
+        _write(staged.stream, choices, shared, read_files)
     return staged.sha256
 
 
-def derive_digest(choices: Sequence[Choice], shared: ShardSet, read_image: Callable[[Choice], bytes]) -> str:
+def derive_digest(choices: Sequence[Choice], shared: ShardSet, read_files: Callable[[Choice], dict[str, bytes]]) -> str:
     """Return the sha256 that a shard of these choices must have, without writing it."""
     hashing = _Hashing()
-    _write(cast(BinaryIO, hashing), choices, shared, read_image)
+    _write(cast(BinaryIO, hashing), choices, shared, read_files)
     return hashing.sha256.hexdigest()
 
 
@@ -132,6 +142,7 @@ def data_card(title: str, shared: ShardSet, choices: Iterable[Choice], settings:
         for name, value in describe(example, shared).items()
     )
     num_classes = len(shared.class_names)
+    soft_feature, soft_line = _describe_soft_labels(shared.soft_labels, num_classes)
     rows = "\n".join(f"| `{key}` | {value} |" for key, value in sorted(settings.items()))
     return f"""---
 configs:
@@ -150,7 +161,7 @@ dataset_info:
 {names}
   - name: json
     struct:
-{fields}
+{fields}{soft_feature}
 task_categories:
 - image-classification
 ---
@@ -162,13 +173,32 @@ images by a diffusion model and refined with a detector (Retort; method of arXiv
 
 * {refined} images are refined candidates, {total - refined} are base images.
 * {qualified} images pass the detector at the threshold below; {total - qualified} are the best attempt of a slot
-  where none passed (`qualified: false`).
+  where none passed (`qualified: false`).{soft_line}
 * No safety checker was run on these images.
 
 | setting | value |
 |---|---|
 {rows}
 """.encode()
+
+
+def _describe_soft_labels(count: int, num_classes: int) -> tuple[str, str]:
+    """Return what the data card says of soft labels of ``count`` classes, as metadata and as text; nothing for 0."""
+    if not count:
+        return "", ""
+    feature = f"""
+  - name: {SUFFIX}
+    dtype:
+      array2_d:
+        shape:
+        - 2
+        - {count}
+        dtype: float16"""
+    text = f"""
+* Each sample has a soft label, `KEY.{SUFFIX}` ({size_of_soft_label(count)} bytes): a float16 array (2, {count}). Row 0
+  holds class indices, row 1 the probabilities that the detector gives them, of its softmax over all {num_classes}
+  classes, the most probable first. They need not sum to 1: other classes have the rest."""
+    return feature, text
 
 
 def _quoted(name: str) -> str:

@@ -6,8 +6,9 @@ from, shards and their indices against what the selection gives, image by image.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,14 @@ class Verification:
 def _reason(error: Exception, path: Path) -> str:
     """Return an error's message without the path, which is told beside it, and without its remedy."""
     return str(error).removeprefix(f"{path}: ").partition("; ")[0]
+
+
+def _digest_of(lines: Iterable[bytes]) -> str:
+    """Return the sha256 of the file that ``lines`` make; they are not held together, they may be large."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line)
+    return digest.hexdigest()
 
 
 class Verifier:
@@ -143,7 +152,7 @@ class Verifier:
             if pool_is_whole:
                 if complete["units_sha256"] != finishing.units_digest():
                     raise UsageError(f"{complete_path}: units of the pool changed since this selection was made")
-                if complete["choices_sha256"] != digest_bytes(b"".join(finishing.choose())):
+                if complete["choices_sha256"] != _digest_of(finishing.choose()):
                     raise UsageError(f"{finishing.folder / 'choices.jsonl'}: is not what the pool gives")
         except UsageError as error:
             path = Path(str(error).partition(": ")[0])
@@ -182,8 +191,8 @@ class Verifier:
         """Return the digest that a shard must have; without a pool, the recorded one."""
         if not self._pool.exists():
             return finishing.read_record(index)
-        chosen, read_image = finishing.part(choices, index)
-        return derive_digest(chosen, finishing.shared(), read_image)
+        chosen, read_files = finishing.part(choices, index)
+        return derive_digest(chosen, finishing.shared(), read_files)
 
     def _verify_index(self, folder: Path, files: dict[str, bytes], is_indexed: bool) -> None:
         for name, data in files.items():
