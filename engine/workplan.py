@@ -14,6 +14,7 @@ from engine.records import AttemptKey, Unit
 
 # First words of the generator key: one per purpose, so that no two purposes share a stream.
 START_NOISE, KMEANS_START, TRAINING_ORDER, TRAINING_NOISE, RANDOM_SUBSET = 1, 2, 3, 4, 5
+INVERSION = 8  # starting noise and augmentation of a batch of inverted images
 
 T = TypeVar("T", bound=Any)  # anything that can be sliced
 
