@@ -4,8 +4,8 @@
     python benchmarks/quality.py configs/quality_cifar10.yaml --work runs/quality-cifar10 data.path=FOLDER --jobs 2
 
 Makes the distillation runs and selections that the sets need, trains the students (``engine/evaluate_student.py``) and
-writes one table, one JSON and one plot a student into ``--out``. The same command goes on where it was; ``--jobs`` processes of
-one thread share every stage. Keys after the options go into every distillation run and, those of ``data``, into every
+writes the tables, one JSON and one plot a student into ``--out``. The same command goes on where it was; ``--jobs``
+processes of one thread share every stage. Keys after the options go into every distillation run and, those of ``data``, into every
 comparison. The last line is JSON; every table has the command that makes one of its rows anew.
 """
 
@@ -56,7 +56,9 @@ class Plan:
         """Read a configuration; raises SystemExit naming the key that is missing or unknown."""
         content = yaml.safe_load(path.read_text())
         if set(content) != set(_KEYS):
-            raise SystemExit(f"{path}: {sorted(set(content) ^ set(_KEYS))} missing or unknown; wanted: {', '.join(_KEYS)}")
+            raise SystemExit(
+                f"{path}: {sorted(set(content) ^ set(_KEYS))} missing or unknown; wanted: {', '.join(_KEYS)}"
+            )
         return cls(**content)
 
 
@@ -80,7 +82,8 @@ class Study:
             ranks = {"RANK": str(rank), "WORLD_SIZE": str(jobs), "LOCAL_RANK": "0"} if jobs > 1 else {}
             environment = {**self._environment, **ranks}
             started.append(subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT))
-        if any([process.wait() for process in started]):
+        statuses = [process.wait() for process in started]
+        if any(statuses):
             raise SystemExit(f"failed: {shlex.join(command)}")
 
     def distill(self, ipc: int) -> None:
@@ -149,7 +152,9 @@ def main() -> None:
     (out / f"{stem}.md").write_text(report(tables, again, head))
     for student, found in tables.items():
         names = [row["name"] for row in next(iter(found.values()))["rows"]]
-        lines = {n: [(k, 100 * r["mean"]) for k, t in found.items() for r in t["rows"] if r["name"] == n] for n in names}
+        lines = {
+            n: [(k, 100 * r["mean"]) for k, t in found.items() for r in t["rows"] if r["name"] == n] for n in names
+        }
         plot = line_plot(f"{arguments.config.stem}, {student}", "images per class", "accuracy, %", lines)
         (out / f"{stem}_{student}.svg").write_text(plot)
     result = {"benchmark": "quality", "machine": info, "seconds": seconds, "tables": tables}

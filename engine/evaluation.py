@@ -97,9 +97,7 @@ class Evaluation:
 
     def _work(self) -> list[_Item]:
         kinds = range(-1 if self._config.judge.path else 0, self._config.students)
-        return [
-            _Item(name, seed, kind) for seed in range(self._config.seeds) for name in self._sets for kind in kinds
-        ]
+        return [_Item(name, seed, kind) for seed in range(self._config.seeds) for name in self._sets for kind in kinds]
 
     def run(self) -> dict[str, Any]:
         """Do what is missing of this process's share; the first process then returns the whole comparison."""
@@ -127,7 +125,9 @@ class Evaluation:
             return
         begin = time.perf_counter()
         found = self._measure(made) if item.student < 0 else self._train_one(made, item, scored)
-        publish_json(self._path(item), {**found, **asdict(item), "images": len(made.labels), "identity": self._id(item)})
+        publish_json(
+            self._path(item), {**found, **asdict(item), "images": len(made.labels), "identity": self._id(item)}
+        )
         told = f"{found['accuracy']:.1%}" if item.student >= 0 else f"label consistency {found['consistency']:.1%}"
         which = f"student {item.student}: " if item.student > 0 else ""
         print(f"{item.name}, seed {item.seed}: {which}{told} ({time.perf_counter() - begin:.0f} s)", flush=True)

@@ -1,14 +1,17 @@
 """Small labelled sets that are compared: shards, what a run had before refinement, and selections of real images.
 
-A set is ``NAME=KIND:PLACE``; ``{seed}`` in PLACE stands for the seed, so each seed may have a distillation run of its own.
+A set is ``NAME=KIND:PLACE``; ``{seed}`` in PLACE stands for the seed: each seed may have a distillation run of its own.
 
-    shards:FOLDER   the shards of a run            random:IPC    random real images, drawn anew for each seed
-    bases:RUN       its base images, unrefined     herding:IPC   real images whose mean follows the class's (Welling 2009)
-    nearest:RUN     the real image nearest to      kcenter:IPC   real images that cover the class (Sener and Savarese 2018)
-                    each prototype                 central:IPC   real images nearest to the mean of the class
-                                                   sre2l:IPC     images inverted from the teacher (arXiv 2306.13092)
+    shards:FOLDER   the shards of a run
+    bases:RUN       its base images: prototypes without refinement
+    nearest:RUN     the real image nearest to each of its prototypes
+    random:IPC      random real images, drawn anew for each seed
+    herding:IPC     real images whose running mean follows the mean of the class (Welling 2009)
+    kcenter:IPC     real images that cover the class (Sener and Savarese 2018)
+    central:IPC     real images nearest to the mean of the class
+    sre2l:IPC       images inverted from the teacher (Yin et al. 2023)
 
-``herding``, ``kcenter`` and ``central`` look at the features of the teacher; with ``sre2l`` they need one.
+The last four look at the teacher: at its features, or for ``sre2l`` at its weights.
 """
 
 from __future__ import annotations
@@ -194,7 +197,10 @@ class SetReader:
         name = digest_bytes(canonical_json([teacher.digest, repr(self._inversion), count, seed, self._data.size]))[:16]
         path = self._cache / f"sre2l-{name}.npy"
         if not path.exists():
-            shape, network = (self._data.channels, self._data.size, self._data.size), load_network(self._options, "teacher")
+            shape, network = (
+                (self._data.channels, self._data.size, self._data.size),
+                load_network(self._options, "teacher"),
+            )
             outputs = match_classes(
                 self._data.classes, network.names, how=self._options.match, key="teacher", what="the teacher"
             )

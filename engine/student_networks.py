@@ -77,8 +77,8 @@ def build_network(
     """Return an untrained student for images (N, channels, side, side).
 
     ``width`` is the number of channels of the first level (128 or 64 in the literature); ``depth`` the blocks of a
-    ConvNet, each of which halves the side, so ``side`` must be at least 2 ** depth, and 16 for the others. Raises ValueError for an unknown
-    ``architecture`` or too small a side.
+    ConvNet, each of which halves the side. Raises ValueError for an unknown ``architecture``, and for a side below
+    2 ** depth, with residual networks below 16.
     """
     least = 2**depth if architecture == "convnet" else _LEAST
     if side < least:

@@ -52,7 +52,9 @@ class StudentConfig:
     colour: float = key(0.0, "largest change of brightness, contrast and saturation", low=0.0, high=1.0)
     lighting: float = key(0.0, "strength of the colour noise of RGB images", low=0.0)
     cutmix: float = key(0.0, "share of the steps with CutMix", low=0.0, high=1.0)
-    scorings: int = key(1, "times that a student is scored in the last fifth of its training; the last is the end", low=1)
+    scorings: int = key(
+        1, "times that a student is scored in the last fifth of its training; the last is the end", low=1
+    )
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", kind=RUNTIME, low=0)
 
     def count_steps(self, images: int) -> int:
@@ -153,8 +155,10 @@ def train_student(
     if config.labels == "teacher" and teacher is None:
         raise ValueError("student.labels: 'teacher' given; a teacher is needed")
     torch.manual_seed(seed)
-    shape = {"width": config.width, "depth": config.depth, "norm": config.norm}
-    student = build_network(config.architecture, images.shape[1], images.shape[-1], num_classes, **shape)
+    student = build_network(
+        config.architecture, images.shape[1], images.shape[-1], num_classes,
+        width=config.width, depth=config.depth, norm=config.norm,
+    )  # fmt: skip
     student.to(device)
     steps, batch = config.count_steps(len(images)), min(config.batch, len(images))
     optimizer = _make_optimizer(config, student)

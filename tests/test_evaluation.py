@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from builders import fill_pool, finish, good, make_config, make_image, make_record
 from commands import ROOT, launch, python
 from real_images import write_images

@@ -1,4 +1,4 @@
-"""Students' networks, their augmentation and both protocols: shapes, definitions, and what each label source teaches."""
+"""Students: their networks, their augmentation, both protocols, and what each source of labels teaches."""
 
 import math
 
@@ -62,7 +62,9 @@ def test_a_crop_is_a_magnified_part():
     ramp = torch.arange(16, dtype=torch.uint8).mul(10).expand(50, 1, 16, 16).contiguous()
     cut = augmentation.crop(ramp, stream(), 0.25).float()
     slope = (cut[:, 0, 8, -1] - cut[:, 0, 8, 0]) / 150.0
-    assert slope.min() > 0.35  # a quarter of the area, aspect 3/4, keeps 0.43 of the width; its end pixels a little less
+    assert (
+        slope.min() > 0.35
+    )  # a quarter of the area, aspect 3/4, keeps 0.43 of the width; its end pixels a little less
     assert slope.max() <= 1.0
     assert len(slope.unique()) > 25
     assert torch.equal(cut[:, :, 0], cut[:, :, -1])  # nothing but columns was seen
