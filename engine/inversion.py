@@ -36,7 +36,7 @@ class InversionConfig:
     learning_rate: float = key(
         0.1, "first learning rate of Adam, in standard deviations of the pixels; cosine decay to zero", low=0.0
     )
-    bn_weight: float = key(0.03, "weight of the distance to the batch-norm statistics; cross-entropy has 1", low=0.0)
+    bn_weight: float = key(0.1, "weight of the distance to the batch-norm statistics; cross-entropy has 1", low=0.0)
     flip: bool = key(True, "mirror half of the images, drawn anew at every step")
     jitter: int = key(2, "roll the images by up to this many pixels, drawn anew at every step", low=0)
 
