@@ -5,8 +5,8 @@
 
 Makes the distillation runs and selections that the sets need, trains the students (``engine/evaluate_student.py``) and
 writes the tables, one JSON and one plot a student into ``--out``. The same command goes on where it was; ``--jobs``
-processes of one thread share every stage. Keys after the options go into every distillation run and, those of ``data``, into every
-comparison. The last line is JSON; every table has the command that makes one of its rows anew.
+processes of one thread share every stage. Keys after the options go into every distillation run and, those of ``data``,
+into every comparison. The last line is JSON; every table has the command that makes one of its rows anew.
 """
 
 from __future__ import annotations
