@@ -33,10 +33,10 @@ import torch
 
 from benchmarks.forked_runs import (
     CONFIG,
-    PHASES,
     SMALL,
     UNITS,
     finish,
+    phase_now,
     shared,
     start,
     trace,
@@ -105,7 +105,7 @@ def kill_at_random(table: Table, kills: int, stream: random.Random) -> Counter[s
             while late and not shared[1] and time.monotonic() < deadline and os.waitpid(child, os.WNOHANG)[0] == 0:
                 time.sleep(0.005)
             time.sleep(stream.uniform(0.0, table.seconds))
-            phase = PHASES[shared[0]] if shared[0] or not shared[1] else "between"
+            phase = phase_now()
             try:
                 os.kill(child, signal.SIGKILL)
                 status = wait(child)

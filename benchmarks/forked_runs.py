@@ -16,7 +16,7 @@ from engine.claims import Claims
 from engine.closing import ClosingReport
 from engine.cluster import World
 from engine.config import RunConfig
-from engine.generation import Finisher
+from engine.conveyor import Conveyor
 from engine.pool import Pool
 from engine.preparation import load_models
 from engine.settings import load
@@ -42,19 +42,21 @@ SMALL = (
 UNITS = 8  # of SMALL
 PHASES = ("start", "claim", "prototypes", "denoise", "judge", "publish", "select", "shard", "index", "report")
 _WATCHED = {"open", "os.link", "os.remove", "os.rename", "os.mkdir", "os.utime"}
-shared = mmap.mmap(-1, 2)  # [phase, whether anything was claimed yet], written by the worker, read by its parent
+# [phase of the main thread, whether anything was claimed yet, phase of the thread that publishes]
+shared = mmap.mmap(-1, 3)  # written by the worker, read by its parent
 
 
 def _during(owner: Any, name: str, phase: str) -> None:
     """Let the parent see when a worker is inside ``owner.name``."""
     original, code = getattr(owner, name), PHASES.index(phase)
+    place = 2 if phase == "publish" else 0  # units are published in a thread of their own
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before, shared[0] = shared[0], code
+        before, shared[place] = shared[place], code
         try:
             return original(*args, **kwargs)
         finally:
-            shared[0] = before
+            shared[place] = before
             shared[1] = shared[1] or code == 1
 
     setattr(owner, name, wrapped)
@@ -66,7 +68,8 @@ def watch_phases() -> None:
         (Claims, "claim", "claim"),
         (pipeline, "make_prototypes", "prototypes"),
         (DenoisingLoop, "step", "denoise"),
-        (Finisher, "finish", "judge"),
+        (Conveyor, "put", "judge"),
+        (Conveyor, "take", "judge"),
         (Pool, "publish", "publish"),
         (finishing.Finishing, "_select", "select"),
         (finishing, "publish_shard", "shard"),
@@ -76,6 +79,13 @@ def watch_phases() -> None:
         _during(owner, name, phase)
 
 
+def phase_now() -> str:
+    """Return what the worker is in: a unit on its way to the disk counts before what the loop does meanwhile."""
+    if shared[2] or shared[0]:
+        return PHASES[shared[2] or shared[0]]
+    return "between" if shared[1] else PHASES[0]
+
+
 def warm_up() -> None:
     """Load data and models once, for the libraries that this imports; no operation is run, so no thread starts."""
     load_models(load(RunConfig, CONFIG, SMALL), World())
@@ -83,7 +93,7 @@ def warm_up() -> None:
 
 def start(run: Path, *more: str, before: Callable[[], None] = lambda: None) -> int:
     """Fork a worker that runs the main job; ``before`` is called in it first. Returns its process id."""
-    shared[0] = shared[1] = 0
+    shared[0] = shared[1] = shared[2] = 0
     child = os.fork()
     if child:
         return child
