@@ -1,7 +1,7 @@
 """Does it distil better? Every method x images per class x student x seed of one configuration, resumable.
 
-    python benchmarks/quality.py configs/quality_fashion_mnist.yaml --work runs/quality
-    python benchmarks/quality.py configs/quality_cifar10.yaml --work runs/quality-cifar10 data.path=FOLDER --jobs 2
+    python benchmarks/quality.py benchmarks/quality_fashion_mnist.yaml --work runs/quality
+    python benchmarks/quality.py benchmarks/quality_cifar10.yaml --work runs/quality-cifar10 data.path=FOLDER --jobs 2
 
 Makes the distillation runs and selections that the sets need, trains the students (``engine/evaluate_student.py``) and
 writes the tables, one JSON and one plot a student into ``--out``. The same command goes on where it was; ``--jobs``

@@ -1,0 +1,123 @@
+"""The quality benchmark: which commands a plan means, that it resumes, and what its report says."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from commands import ROOT
+
+from benchmarks import quality
+from engine.evaluation import EvaluationConfig
+from engine.settings import build
+
+PLANS = sorted((ROOT / "benchmarks").glob("quality_*.yaml"))
+TINY = {
+    "run": "configs/quickstart.yaml",
+    "overrides": ["data.holdout_per_class=100"],
+    "seeds": 2,
+    "images_per_class": [1, 10],
+    "runs": {"refined": ["generation.policy=flagged"], "noise": ["prototypes.enabled=false"]},
+    "selections": {"confident": ["refined", "selection.rule=confident"]},
+    "sets": {"refined": "shards:{refined}/shards", "real": "random:{ipc}"},
+    "students": {"ConvNet": ["student.width=8"]},
+    "evaluation": {"students": 2, "data": {"format": "idx", "path": "embedded:fashion_mnist"}},
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Note the commands, and leave behind what they would have made."""
+    made = []
+
+    def call(self, command, jobs=1):
+        made.append((command, jobs))
+        folder = self._work / "x"
+        if command[0] == "engine/distill.py":
+            folder = type(self._work)(command[command.index("--output") + 1]) / "report"
+            folder.mkdir(parents=True)
+            (folder / "summary.json").write_text("{}")
+        elif command[0] == "-m":
+            folder = type(self._work)(command[3]) / "selections" / command[5] / "shards"
+            folder.mkdir(parents=True)
+            (folder / "SHA256SUMS").write_text("")
+        else:
+            folder = type(self._work)(command[command.index("--output") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [
+                {"name": name, "images": 10, "mean": 0.5 + 0.1 * i, "interval": 0.01, "best_mean": 0.6,
+                 "best_interval": 0.02, "reference_minus_this": -0.1 * i, "difference_interval": 0.03}
+                for i, name in enumerate(("refined", "real"))
+            ]  # fmt: skip
+            table = {"rows": rows, "split": "test", "config": {"student.scorings": 1}}
+            (folder / "table.json").write_text(json.dumps(table))
+
+    monkeypatch.setattr(quality.Study, "_call", call)
+    return made
+
+
+def run(tmp_path, monkeypatch, capsys, *arguments, **changes):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+    monkeypatch.setattr(sys, "argv", ["quality.py", str(path), "--work", str(tmp_path / "work"), *arguments])
+    quality.main()
+    return capsys.readouterr().out
+
+
+def test_a_plan_becomes_runs_selections_and_comparisons_and_resumes(tmp_path, monkeypatch, capsys, calls):
+    out = run(tmp_path, monkeypatch, capsys, "--jobs", "2", "data.workers=1", "synthesis.steps=5")
+    runs = [command for command, _ in calls if command[0] == "engine/distill.py"]
+    assert len(runs) == 2 * 2 * 2
+    work = tmp_path / "work"
+    assert runs[0][:5] == ["engine/distill.py", "--config", "configs/quickstart.yaml", "--output",
+                           str(work / "ipc1" / "refined-0")]  # fmt: skip
+    assert {"seed=0", "prototypes.images_per_class=1", "data.workers=1", "synthesis.steps=5"} <= set(runs[0])
+    assert runs[0][-1] == "generation.policy=flagged"
+    assert sum(command[0] == "-m" for command, _ in calls) == 4
+    assert {jobs for command, jobs in calls if command[0] != "-m"} == {2}
+    compared = [command for command, _ in calls if command[0] == "engine/evaluate_student.py"]
+    assert len(compared) == 2
+    assert {"data.workers=1", "data.holdout_per_class=100", "student.width=8"} <= set(compared[0])
+    assert "synthesis.steps=5" not in compared[0]
+    written = yaml.safe_load((work / "ipc10" / "ConvNet.yaml").read_text())
+    assert written["sets"] == [f"refined=shards:{work}/ipc10/refined-{{seed}}/shards", "real=random:10"]
+    assert written["seeds"] == 2
+    assert json.loads(out.splitlines()[-1])["tables"]["ConvNet"]["10"]["rows"][1]["mean"] == 0.6
+    assert "## ConvNet, 10 per class" in out
+    assert "The first row again: `python engine/evaluate_student.py --config" in out
+    assert "<polyline" in next(work.glob("tiny_*_ConvNet.svg")).read_text()
+    calls.clear()
+    run(tmp_path, monkeypatch, capsys, "--ipc", "10")
+    assert [command[0] for command, _ in calls] == ["engine/evaluate_student.py"]
+
+
+def test_a_command_that_fails_ends_the_study(tmp_path):
+    study = quality.Study(quality.Plan(**TINY), tmp_path, [], 2)
+    with pytest.raises(SystemExit, match=r"failed: -c 'import sys; sys.exit"):
+        study._call(["-c", "import sys; sys.exit(3)"], 2)
+
+
+def test_a_plan_with_a_missing_or_unknown_key_is_refused(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({**{k: v for k, v in TINY.items() if k != "seeds"}, "colour": "red"}))
+    with pytest.raises(SystemExit, match=r"\['colour', 'seeds'\] missing or unknown; wanted: run, overrides, seeds"):
+        quality.Plan.read(path)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_plans_in_the_repository_are_whole(path):
+    plan = quality.Plan.read(path)
+    places = dict.fromkeys(plan.runs, "RUN")
+    sets = [f"{name}={place.format(**places, ipc=10)}" for name, place in plan.sets.items()]
+    config = build(EvaluationConfig, {**plan.evaluation, "sets": sets})
+    assert config.judge.path
+    assert config.teacher.path
+    assert {run for run, *_ in plan.selections.values()} <= set(plan.runs)
+    assert (ROOT / plan.run).is_file()
+
+
+@pytest.mark.parametrize("name", ["evaluate_minimax", "evaluate_rded"])
+def test_published_protocols_are_valid(name):
+    config = build(EvaluationConfig, yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()))
+    assert config.student.epochs >= 300
+    assert config.student.scorings > 1
