@@ -17,7 +17,6 @@ The last four look at the teacher: at its features, or for ``sre2l`` at its weig
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from engine.inversion import InversionConfig, invert
 from engine.labels import match_classes
 from engine.networks import load_network
 from engine.prototype_files import read_prototypes
-from engine.publish import canonical_json, digest_bytes, publish_bytes
+from engine.publish import canonical_json, digest_bytes, publish_bytes, read_json
 from engine.real_data import RealData
 from engine.records import UsageError
 from engine.run_record import read_record
@@ -156,7 +155,8 @@ class SetReader:
         name, _, rest = text.partition("=")
         kind, _, place = rest.partition(":")
         named = re.fullmatch(r"[\w .,()+-]{1,80}", name)
-        if kind not in KINDS or not place or not named or (kind in _COUNTED and not place.isdigit()):
+        counted = kind not in _COUNTED or re.fullmatch(r"[1-9][0-9]*", place)
+        if kind not in KINDS or not place or not named or not counted:
             raise UsageError(f"sets: {text!r} given; allowed: NAME=KIND:PLACE with KIND one of {', '.join(KINDS)}")
         return name, lambda seed: self._read(kind, place.format(seed=seed), seed)
 
@@ -178,7 +178,7 @@ class SetReader:
         """Return a coreset; its positions do not depend on the seed, and are kept."""
         path = self._cache / f"{kind}-{count}.json"
         bound = {"data": self._data.digest, "teacher": self._teacher().digest}
-        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        kept = read_json(path, "remove it") if path.exists() else {}
         if {name: kept.get(name) for name in bound} != bound:
             path.unlink(missing_ok=True)
             chosen = []
@@ -197,14 +197,14 @@ class SetReader:
         name = digest_bytes(canonical_json([teacher.digest, repr(self._inversion), count, seed, self._data.size]))[:16]
         path = self._cache / f"sre2l-{name}.npy"
         if not path.exists():
-            shape, network = (
-                (self._data.channels, self._data.size, self._data.size),
-                load_network(self._options, "teacher"),
-            )
+            shape = (self._data.channels, self._data.size, self._data.size)
+            network = load_network(self._options, "teacher")
             outputs = match_classes(
                 self._data.classes, network.names, how=self._options.match, key="teacher", what="the teacher"
             )
-            made = invert(network, np.array(outputs)[labels], shape, self._inversion, seed, self._device)
+            made = invert(
+                network, np.array(outputs)[labels], shape, self._inversion, seed, self._device, section="teacher"
+            )
             self._cache.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
             np.save(buffer, made, allow_pickle=False)

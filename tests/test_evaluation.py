@@ -98,6 +98,7 @@ def test_a_comparison_resumes_and_is_the_same_for_two_processes(tmp_path):
         ("[]", "sets: nothing to compare"),
         ('["a=magic:b"]', "sets: 'a=magic:b' given; allowed: NAME=KIND:PLACE with KIND one of shards, bases"),
         ('["a=random:x"]', "sets: 'a=random:x' given"),
+        ('["a=herding:0"]', "sets: 'a=herding:0' given"),
         ('["a=shards:/nowhere"]', "sets: /nowhere holds no SHA256SUMS; finished shards are needed"),
         ('["a=bases:/nowhere"]', "/nowhere: holds no run.json; the folder of a run is needed"),
     ],
