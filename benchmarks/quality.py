@@ -30,7 +30,18 @@ from benchmarks.line_plot import line_plot
 from benchmarks.measuring import ROOT, machine
 from engine.evaluation import format_table
 
-_KEYS = ("run", "overrides", "seeds", "images_per_class", "runs", "selections", "sets", "students", "evaluation")
+_KEYS = [
+    "run",
+    "overrides",
+    "seeds",
+    "images_per_class",
+    "runs",
+    "selections",
+    "sets",
+    "students",
+    "evaluation",
+    "axes",
+]
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class Plan:
     """What a configuration file asks for.
 
     ``runs`` {name: keys}; ``selections`` {name: [run, keys ...]}; ``sets`` {name: KIND:PLACE}, where {RUN} stands for
-    the folder of a run and {ipc} for the images per class; ``students`` {name: keys}.
+    the folder of a run and {ipc} for the images per class; ``students`` {name: keys}. ``axes`` {axis: {set: value}} are
+    parameters whose sets are drawn over their values; without any, all sets are drawn over the images per class.
     """
 
     run: str
@@ -50,6 +62,7 @@ class Plan:
     sets: dict[str, str]
     students: dict[str, list[str]]
     evaluation: dict[str, Any]
+    axes: dict[str, dict[str, float]]
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -124,6 +137,20 @@ def report(tables: dict[str, dict[int, dict[str, Any]]], rows: dict[str, str], h
     return "\n".join(lines)
 
 
+def draw(title: str, found: dict[int, dict[str, Any]], axes: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Return plots as SVG by name: accuracy of one student over the images per class, or over each of ``axes``."""
+    means = {(ipc, row["name"]): 100 * row["mean"] for ipc, table in found.items() for row in table["rows"]}
+    if not axes:
+        names = dict.fromkeys(name for _, name in means)
+        lines = {name: [(ipc, means[ipc, name]) for ipc in found] for name in names}
+        return {"": line_plot(title, "images per class", "accuracy, %", lines)}
+    plots = {}
+    for axis, values in axes.items():
+        lines = {f"{ipc} per class": [(x, means[ipc, name]) for name, x in values.items()] for ipc in found}
+        plots[f"_{axis}"] = line_plot(title, axis, "accuracy, %", lines)
+    return plots
+
+
 def main() -> None:
     """Run the study and write its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,12 +178,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{stem}.md").write_text(report(tables, again, head))
     for student, found in tables.items():
-        names = [row["name"] for row in next(iter(found.values()))["rows"]]
-        lines = {
-            n: [(k, 100 * r["mean"]) for k, t in found.items() for r in t["rows"] if r["name"] == n] for n in names
-        }
-        plot = line_plot(f"{arguments.config.stem}, {student}", "images per class", "accuracy, %", lines)
-        (out / f"{stem}_{student}.svg").write_text(plot)
+        for name, plot in draw(f"{arguments.config.stem}, {student}", found, plan.axes).items():
+            (out / f"{stem}_{student}{name}.svg").write_text(plot)
     result = {"benchmark": "quality", "machine": info, "seconds": seconds, "tables": tables}
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     print((out / f"{stem}.md").read_text())

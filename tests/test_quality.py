@@ -21,6 +21,7 @@ TINY = {
     "selections": {"confident": ["refined", "selection.rule=confident"]},
     "sets": {"refined": "shards:{refined}/shards", "real": "random:{ipc}"},
     "students": {"ConvNet": ["student.width=8"]},
+    "axes": {},
     "evaluation": {"students": 2, "data": {"format": "idx", "path": "embedded:fashion_mnist"}},
 }
 
@@ -91,6 +92,17 @@ def test_a_plan_becomes_runs_selections_and_comparisons_and_resumes(tmp_path, mo
     assert [command[0] for command, _ in calls] == ["engine/evaluate_student.py"]
 
 
+def test_a_parameter_is_drawn_over_its_values():
+    found = {
+        ipc: {"rows": [{"name": name, "mean": mean} for name, mean in (("low", 0.1 * ipc), ("high", 0.2 * ipc))]}
+        for ipc in (1, 2)
+    }
+    plots = quality.draw("T", found, {"beta": {"low": 0.5, "high": 0.9}})
+    assert list(plots) == ["_beta"]
+    assert plots["_beta"].count("<polyline") == 2
+    assert ">0.5<" in plots["_beta"]
+
+
 def test_a_command_that_fails_ends_the_study(tmp_path):
     study = quality.Study(quality.Plan(**TINY), tmp_path, [], 2)
     with pytest.raises(SystemExit, match=r"failed: -c 'import sys; sys.exit"):
@@ -113,6 +125,7 @@ def test_the_plans_in_the_repository_are_whole(path):
     assert config.judge.path
     assert config.teacher.path
     assert {run for run, *_ in plan.selections.values()} <= set(plan.runs)
+    assert {name for values in plan.axes.values() for name in values} <= set(plan.sets)
     assert (ROOT / plan.run).is_file()
 
 
