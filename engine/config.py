@@ -168,14 +168,21 @@ class SelectionConfig:
     top_k: int | None = key(None, "passing candidates kept by confidence", kind=SELECTION, low=1)
     rule: str = key(
         "dissimilar",
-        "dissimilar: the most dissimilar of the top_k; weighted: a weighted sum; confident: p(y) alone",
+        "dissimilar: the most dissimilar of the top_k; weighted: a weighted sum; confident: p(y) alone; hardest: the "
+        "lowest p(y) that passes",
         kind=SELECTION,
-        choices=("dissimilar", "weighted", "confident"),
+        choices=("dissimilar", "weighted", "confident", "hardest"),
     )
     dissimilarity: str = key(
         "nearest", "to the nearest qualified image, or the mean over all", kind=SELECTION, choices=("nearest", "mean")
     )
     confidence_weight: float = key(0.5, "weight of p(y) in rule 'weighted'", kind=SELECTION, low=0.0, high=1.0)
+    slots: str = key(
+        "flagged",
+        "which slots are chosen for: the flagged ones; every: all, the base being one attempt (policy all)",
+        kind=SELECTION,
+        choices=("flagged", "every"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,6 +250,11 @@ def check_run(config: RunConfig) -> None:
                     f"selection.{name}: {chosen} given; allowed: at most generation.{name} ({limit}), because policy "
                     f"{generation.policy!r} generated no more attempts; generation.policy=all lifts this limit"
                 )
+    if selection.slots == "every" and generation.policy != "all":
+        raise UsageError(
+            f"selection.slots: 'every' given; allowed: flagged, because policy {generation.policy!r} generated "
+            "candidates of flagged slots only; generation.policy=all lifts this limit"
+        )
     if config.guidance.start > config.guidance.stop:
         raise UsageError(
             f"guidance.start: {config.guidance.start} given; allowed: at most guidance.stop ({config.guidance.stop})"

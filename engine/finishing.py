@@ -217,7 +217,7 @@ class Finishing:
         for unit in self._units:
             by_class.setdefault(unit.class_index, []).append(unit)
         options = self._config.selection
-        rule = Rule(options.rule, options.dissimilarity, options.confidence_weight)
+        rule = Rule(options.rule, options.dissimilarity, options.confidence_weight, options.slots)
         policy = policy_of(self._config, selecting=True)
         for class_index in sorted(by_class):
             self._stop.check()

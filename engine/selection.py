@@ -5,6 +5,9 @@ each qualified choice joins. Among the passing candidates of a flagged slot the 
 stay, and the one most dissimilar to the reference set (cosine, float64) is chosen; with an empty set
 the highest p(y). Where none passes, the highest p(y) of all attempts is taken, marked unqualified,
 and never joins. Every tie goes to the lowest attempt.
+
+Beyond the paper: ``slots="every"`` gives no base its slot beforehand, so that each slot is chosen among all of its
+attempts that pass, and the whole set grows by dissimilarity; ``hardest`` takes the least sure attempt that passes.
 """
 
 from __future__ import annotations
@@ -22,9 +25,13 @@ from engine.refinement import Policy, count_attempts
 class Rule:
     """How a candidate is chosen; the fields are those of the section ``selection``."""
 
-    kind: str  # dissimilar | weighted | confident
+    kind: str  # dissimilar | weighted | confident | hardest
     dissimilarity: str  # nearest | mean
     confidence_weight: float
+    slots: str = "flagged"  # flagged | every
+
+
+_ALL_THAT_PASS = ("weighted", "hardest")  # kinds that do not ask for the top_k by confidence
 
 
 class _References:
@@ -56,6 +63,8 @@ class _References:
 
 def _score(rule: Rule, attempt: Attempt, dissimilarity: float, has_references: bool) -> float:
     probability = attempt.verdict.target_probability
+    if rule.kind == "hardest":
+        return -probability
     if rule.kind == "confident" or not has_references:
         return probability
     if rule.kind == "weighted":
@@ -83,22 +92,22 @@ def choose_for_class(class_index: int, slots: Sequence[Sequence[Attempt]], polic
         attempts[: count_attempts(policy, class_index, [attempt.verdict for attempt in attempts])] for attempts in slots
     ]
     references = _References(rule.dissimilarity)
-    flagged, size = [], 0
+    undecided, size = [], 0
     choices: dict[int, Choice] = {}
     for slot, attempts in enumerate(considered):
-        if attempts[0].verdict.passes(class_index, policy.beta):
+        if rule.slots == "flagged" and attempts[0].verdict.passes(class_index, policy.beta):
             references.add(attempts[0].feature)
             size += 1
             choices[slot] = _choice(attempts, attempts[0], True, 0.0)
         else:
-            flagged.append(slot)
-    for slot in flagged:
+            undecided.append(slot)
+    for slot in undecided:
         attempts = considered[slot]
-        passing = [attempt for attempt in attempts[1:] if attempt.verdict.passes(class_index, policy.beta)]
+        passing = [attempt for attempt in attempts if attempt.verdict.passes(class_index, policy.beta)]
         if not passing:
             choices[slot] = _choice(attempts, _fallback(class_index, slot, attempts), False, 0.0)
             continue
-        if rule.kind != "weighted":
+        if rule.kind not in _ALL_THAT_PASS:
             passing.sort(key=lambda attempt: (-attempt.verdict.target_probability, attempt.key.attempt))
             passing = passing[: policy.top_k]
         scored = [(attempt, references.dissimilarity(attempt.feature)) for attempt in passing]

@@ -54,6 +54,24 @@ def test_a_choice_carries_the_verdicts_of_base_and_chosen_image():
     assert (choice.base, choice.chosen, choice.attempts_considered) == (bad(0.2), good(0.8), 2)
 
 
+def test_the_hardest_is_the_least_sure_that_passes():
+    slot = [(bad(), 0), (good(0.9), 10), (good(0.6), 0), (good(0.4), 90), (bad(0.55), 90)]
+    assert numbers(choose(slot, top_k=1, rule=Rule("hardest", "nearest", 0.5))) == [2]
+
+
+def test_with_every_slot_open_the_set_grows_by_dissimilarity():
+    slots = [
+        make_slot(0, (good(0.8), at(0)), (good(0.9), at(10))),
+        make_slot(1, (good(0.9), at(12)), (good(0.7), at(80))),
+        make_slot(2, (good(0.9), at(79)), (bad(), at(45))),
+    ]
+    rule = Rule("dissimilar", "nearest", 0.5, "every")
+    choices = choose_for_class(CLASS, slots, make_policy("all", max_candidates=1), rule)
+    assert numbers(choices) == [1, 1, 0]  # the surest first, then far from it; of the third only the base passes
+    assert all(choice.qualified for choice in choices)
+    assert numbers(choose_for_class(CLASS, slots, make_policy("all", max_candidates=1), DISSIMILAR)) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("base_slot", [0, 1, 2])
 def test_every_passing_base_is_a_reference_also_one_of_a_higher_slot(base_slot):
     slots = [[(bad(), 0), (bad(), 0), (bad(), 0)]] * 2
@@ -245,15 +263,15 @@ def choose_by_hand(slots, policy, rule):
         return verdict.predicted == CLASS and verdict.confidence >= policy.beta and not verdict.failed
 
     for slot, row in enumerate(rows):
-        if passes(row[0][1]):
+        if rule.slots == "flagged" and passes(row[0][1]):
             answer[slot] = (0, True, 0.0)
             reference.append(row[0][2])
     for slot, row in enumerate(rows):
         if slot in answer:
             continue
         best = None
-        ranked = sorted((-v.target_probability, number, f) for number, v, f in row[1:] if passes(v))
-        for minus_p, number, feature in ranked if rule.kind == "weighted" else ranked[: policy.top_k]:
+        ranked = sorted((-v.target_probability, number, f) for number, v, f in row if passes(v))
+        for minus_p, number, feature in ranked if rule.kind in ("weighted", "hardest") else ranked[: policy.top_k]:
             distances = [cosine_distance(feature, other) for other in reference]
             distance = 0.0
             if distances:
@@ -263,6 +281,8 @@ def choose_by_hand(slots, policy, rule):
                 score = rule.confidence_weight * -minus_p + (1 - rule.confidence_weight) * distance
             if rule.kind == "confident" or not distances:
                 score = -minus_p
+            if rule.kind == "hardest":
+                score = minus_p
             if best is None or score > best[0] or (score == best[0] and number < best[1]):
                 best = (score, number, distance, feature)
         if best is not None:
@@ -289,10 +309,11 @@ def random_slot(rng, slot, length, dims):
 
 
 @pytest.mark.parametrize("kind", ["all", "flagged", "waves"])
-@pytest.mark.parametrize("rule", ["dissimilar", "weighted", "confident"])
+@pytest.mark.parametrize("rule", ["dissimilar", "weighted", "confident", "hardest"])
 @pytest.mark.parametrize("dissimilarity", ["nearest", "mean"])
-def test_a_second_implementation_agrees(kind, rule, dissimilarity):
-    rng = np.random.default_rng([len(kind), len(rule), len(dissimilarity)])
+@pytest.mark.parametrize("which", ["flagged", "every"])
+def test_a_second_implementation_agrees(kind, rule, dissimilarity, which):
+    rng = np.random.default_rng([len(kind), len(rule), len(dissimilarity), len(which)])
     refined = 0
     for _ in range(60):
         candidates, dims = int(rng.integers(0, 9)), int(rng.integers(2, 9))
@@ -300,7 +321,7 @@ def test_a_second_implementation_agrees(kind, rule, dissimilarity):
             kind, float(rng.choice([0.5, 0.6, 0.7, 0.8])), int(rng.integers(1, 5)), candidates, int(rng.integers(1, 5))
         )
         slots = [random_slot(rng, slot, 1 + candidates, dims) for slot in range(int(rng.integers(1, 9)))]
-        options = Rule(rule, dissimilarity, float(rng.choice([0.0, 0.3, 0.5, 1.0])))
+        options = Rule(rule, dissimilarity, float(rng.choice([0.0, 0.3, 0.5, 1.0])), which)
         expected = choose_by_hand(slots, policy, options)
         if expected is None:
             with pytest.raises(UsageError):

@@ -172,10 +172,12 @@ def test_selection_cannot_ask_for_more_than_was_generated(policy):
     assert message.endswith("generation.policy=all lifts this limit")
     message = refusal(policy, "generation.top_k=2", "selection.top_k=3")
     assert message.startswith("selection.top_k: 3 given; allowed: at most generation.top_k (2), because policy ")
+    message = refusal(policy, "selection.slots=every")
+    assert message.startswith("selection.slots: 'every' given; allowed: flagged, because policy ")
 
 
 def test_policy_all_lifts_the_limits_of_selection():
-    config = run_config("generation.policy=all", "selection.beta=0.95", "selection.top_k=7")
+    config = run_config("generation.policy=all", "selection.beta=0.95", "selection.top_k=7", "selection.slots=every")
     assert (config.beta, config.top_k) == (0.95, 7)
 
 

@@ -336,6 +336,7 @@ def test_the_name_of_a_selection_does_not_show_in_its_shards(finished, run, reco
         ("selection", "rule", "weighted"),
         ("selection", "dissimilarity", "mean"),
         ("selection", "confidence_weight", 0.25),
+        ("selection", "rule", "hardest"),
         ("output", "samples_per_shard", 5),
     ],
 )
