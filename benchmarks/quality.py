@@ -158,17 +158,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs and results so far")
     parser.add_argument("--out", type=Path, help="folder for the tables; --work where not given")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one CPU thread each where there are several")
-    parser.add_argument("--ipc", type=int, nargs="*", help="only these numbers of images per class")
-    parser.add_argument("--students", nargs="*", help="only these students")
+    parser.add_argument("--ipc", help="only these numbers of images per class, with commas")
+    parser.add_argument("--students", help="only these students, with commas")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     plan, begin = Plan.read(arguments.config), time.perf_counter()
     study = Study(plan, arguments.work, arguments.overrides, arguments.jobs)
     tables: dict[str, dict[int, dict[str, Any]]] = {}
     again: dict[str, str] = {}
-    for ipc in arguments.ipc or plan.images_per_class:
+    wanted = [int(text) for text in arguments.ipc.split(",")] if arguments.ipc else plan.images_per_class
+    for ipc in wanted:
         study.distill(ipc)
-        for student in arguments.students or plan.students:
+        for student in arguments.students.split(",") if arguments.students else plan.students:
             tables.setdefault(student, {})[ipc], again[student] = study.compare(ipc, student)
     info, out = machine("cpu"), arguments.out or arguments.work
     stem = f"{arguments.config.stem}_{info['date']}"

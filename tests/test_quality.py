@@ -88,8 +88,9 @@ def test_a_plan_becomes_runs_selections_and_comparisons_and_resumes(tmp_path, mo
     assert "The first row again: `python engine/evaluate_student.py --config" in out
     assert "<polyline" in next(work.glob("tiny_*_ConvNet.svg")).read_text()
     calls.clear()
-    run(tmp_path, monkeypatch, capsys, "--ipc", "10")
-    assert [command[0] for command, _ in calls] == ["engine/evaluate_student.py"]
+    run(tmp_path, monkeypatch, capsys, "--ipc", "1,10", "--students", "ConvNet", "data.workers=1")
+    assert [command[0] for command, _ in calls] == ["engine/evaluate_student.py"] * 2
+    assert "data.workers=1" in calls[0][0]
 
 
 def test_a_parameter_is_drawn_over_its_values():
