@@ -10,6 +10,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SMALL = (  # keys of a run of seconds that has 20 units and flagged slots in each stage
+    "prototypes.images_per_class=2",
+    "generation.max_candidates=2",
+    "generation.beta=0.9",
+    "generation.top_k=1",
+    "generation.unit_slots=1",
+    "synthesis.steps=10",
+    "synthesis.rows=16",
+    "output.samples_per_shard=8",
+    "judge.path=",
+)
 
 
 def environment(threads: int = 1) -> dict[str, str]:
@@ -68,9 +79,9 @@ def sums(folder: Path) -> str:
     return text
 
 
-def run_isolated(*lines: str) -> str:
+def run_isolated(*lines: str, threads: int = 1) -> str:
     """Run lines of Python in a process of their own, insist on success and return what they printed."""
     command = [sys.executable, "-c", "\n".join(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(threads), cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

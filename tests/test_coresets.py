@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_isolated
 
 from engine.coresets import herding, k_center_greedy, nearest_to_mean, squared_distances, unit_rows
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = (herding, k_center_greedy, nearest_to_mean)
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
@@ -180,16 +176,7 @@ def test_the_number_of_threads_changes_no_choice():
         "f = np.random.default_rng(0).normal(size=(1500, 257)).astype(np.float32)\n"
         "print(json.dumps([m(f, 40).tolist() for m in (herding, k_center_greedy, nearest_to_mean)]))"
     )
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in ("1", "2")
-    ]
+    said = [run_isolated(code, threads=threads) for threads in (1, 2)]
     assert said[0] == said[1]
     features = np.random.default_rng(0).normal(size=(1500, 257)).astype(np.float32)
     assert json.loads(said[0]) == [method(features, 40).tolist() for method in METHODS]

@@ -8,19 +8,8 @@ import sys
 import time
 
 import pytest
-from commands import QUICKSTART, ROOT, distill, environment, launch, launch_command, python, sums
+from commands import QUICKSTART, ROOT, SMALL, distill, environment, launch, launch_command, python, sums
 
-SMALL = (
-    "prototypes.images_per_class=2",
-    "generation.max_candidates=2",
-    "generation.beta=0.9",
-    "generation.top_k=1",
-    "generation.unit_slots=1",
-    "synthesis.steps=10",
-    "synthesis.rows=16",
-    "output.samples_per_shard=8",
-    "judge.path=",
-)
 UNITS = 20
 
 
@@ -55,7 +44,7 @@ def test_two_processes_give_the_bytes_of_one_and_share_the_work(undisturbed, tmp
     assert len(logs) == 2
     made = [sum('"event": "unit"' in line for line in log.read_text().splitlines()) for log in logs]
     assert sum(made) == UNITS
-    assert min(made) >= 2
+    assert min(made) >= UNITS // 4
 
 
 def test_rows_units_and_threads_of_a_run_do_not_change_the_images(undisturbed, tmp_path):

@@ -1,20 +1,15 @@
 """Diversity, coverage and Frechet distance: known values, and their definitions written a second time."""
 
 import math
-import os
-import subprocess
-import sys
 import tracemalloc
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_isolated
 
 from engine import set_quality
 from engine.set_quality import SetQuality, coverage, frechet_distance, intra_class_diversity, measure
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def normal(samples, width, seed=0, centre=0.0):
@@ -306,16 +301,7 @@ def test_the_number_of_threads_changes_at_most_the_last_digits_of_the_frechet_di
         "m = measure(r / 7, np.arange(800) % 2, f / 7, np.arange(300) % 2)\n"
         "print(m.diversity.hex(), m.coverage.hex(), m.frechet.hex())"
     )
-    (diversity, covered, frechet), other = (
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-        for threads in ("1", "2")
-    )
+    (diversity, covered, frechet), other = (run_isolated(code, threads=threads).split() for threads in (1, 2))
     assert [diversity, covered] == other[:2]
     assert 0.0 < float.fromhex(covered) < 1.0
     assert float.fromhex(frechet) == pytest.approx(float.fromhex(other[2]), rel=1e-11)

@@ -6,21 +6,11 @@ import sys
 
 import pytest
 import slurm_cluster
-from commands import QUICKSTART, ROOT, distill, retort, sums
+from commands import QUICKSTART, ROOT, SMALL, distill, retort, sums
 
 from engine.submission import Submission, batch_script
 
 pytestmark = pytest.mark.skipif(bool(slurm_cluster.absent()), reason=slurm_cluster.absent())
-SMALL = (
-    "prototypes.images_per_class=2",
-    "generation.max_candidates=2",
-    "generation.beta=0.9",
-    "generation.top_k=1",
-    "generation.unit_slots=1",
-    "synthesis.steps=10",
-    "synthesis.rows=16",
-    "judge.path=",
-)
 HELD = str(ROOT / "tests" / "held.py")  # the main job, held after its second unit until it is asked to stop
 STOPPED = ("FAILED", 75)
 

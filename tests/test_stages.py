@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import commands
 import pytest
 from commands import QUICKSTART, ROOT, distill, environment, python, retort, run_isolated, sums
 from virtual_files import holder
@@ -14,18 +15,7 @@ from engine.leases import RealFiles
 from engine.prototype_files import prototype_work
 from engine.stages import STAGES, need_models, read_stages
 
-SMALL = (
-    "prototypes.images_per_class=2",
-    "generation.max_candidates=2",
-    "generation.beta=0.9",
-    "generation.top_k=1",
-    "generation.unit_slots=1",
-    "synthesis.steps=10",
-    "synthesis.rows=16",
-    "output.samples_per_shard=8",
-    "judge.path=",
-    "runtime.poll_seconds=0.05",
-)
+SMALL = (*commands.SMALL, "runtime.poll_seconds=0.05")
 UNITS = 20
 
 
