@@ -88,7 +88,7 @@ class ClosingReport:
         choices = [placed.choice for placed in self._placed]
         figures: dict[str, Any] = {
             "attempts": sum(choice.attempts_considered for choice in choices),
-            "flagged": sum(not choice.base.passes(choice.class_index, self._config.beta) for choice in choices),
+            "flagged": sum(choice.flagged for choice in choices),
             "images": len(choices),
             "unqualified": sum(not choice.qualified for choice in choices),
         }

@@ -140,6 +140,25 @@ class DetectorConfig:
     )
     precision: str = key("fp32", "arithmetic of the detector; auto: fp16 on CUDA", choices=PRECISIONS)
     batch: int = key(32, "images of every detector and decoder forward", low=1)
+    temperature: float = key(
+        1.0, "logits are divided by it before the softmax; training.json of train_detector.py says which calibrates",
+        low=0.01,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecondDetectorConfig:
+    """Another classifier beside the detector, so that no image is chosen for one network's blind spots alone."""
+
+    path: str = key(
+        "", "image classifier: folder, hub id ORG/NAME, or embedded:NAME; p(x) is the mean of both; empty: none",
+        kind=RUNTIME,
+    )  # fmt: skip
+    revision: str = key("", "as detector.revision", kind=RUNTIME)
+    factory: str = key("", "as detector.factory")
+    class_list: str = key("", "as detector.class_list")
+    match: str = key("order", "as detector.match", choices=MATCHES)
+    temperature: float = key(1.0, "as detector.temperature", low=0.01)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +202,13 @@ class SelectionConfig:
         kind=SELECTION,
         choices=("flagged", "every"),
     )
+    threshold: str = key(
+        "fixed",
+        "what beta is: fixed: the confidence below which an image is flagged; class: the share of a class's attempts "
+        "that is flagged, so that every class has a confidence of its own (policy all)",
+        kind=SELECTION,
+        choices=("fixed", "class"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +235,9 @@ class JudgeConfig:
     class_list: str = key("", "as detector.class_list", kind=RUNTIME)
     match: str = key("order", "as detector.match", kind=RUNTIME, choices=MATCHES)
     split: str = key("test", "real split on which its own accuracy is measured", kind=RUNTIME)
+
+
+ClassifierConfig = DetectorConfig | SecondDetectorConfig | JudgeConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,11 +279,12 @@ def check_run(config: RunConfig) -> None:
                     f"selection.{name}: {chosen} given; allowed: at most generation.{name} ({limit}), because policy "
                     f"{generation.policy!r} generated no more attempts; generation.policy=all lifts this limit"
                 )
-    if selection.slots == "every" and generation.policy != "all":
-        raise UsageError(
-            f"selection.slots: 'every' given; allowed: flagged, because policy {generation.policy!r} generated "
-            "candidates of flagged slots only; generation.policy=all lifts this limit"
-        )
+    for name, given, other in (("slots", "every", "flagged"), ("threshold", "class", "fixed")):
+        if getattr(selection, name) == given and generation.policy != "all":
+            raise UsageError(
+                f"selection.{name}: {given!r} given; allowed: {other}, because policy {generation.policy!r} generated "
+                "candidates of flagged slots only; generation.policy=all lifts this limit"
+            )
     if config.guidance.start > config.guidance.stop:
         raise UsageError(
             f"guidance.start: {config.guidance.start} given; allowed: at most guidance.stop ({config.guidance.stop})"
@@ -283,6 +313,7 @@ class RunConfig:
     synthesis: SynthesisConfig = section(SynthesisConfig)
     guidance: GuidanceConfig = section(GuidanceConfig)
     detector: DetectorConfig = section(DetectorConfig)
+    second_detector: SecondDetectorConfig = section(SecondDetectorConfig)
     generation: GenerationConfig = section(GenerationConfig)
     selection: SelectionConfig = section(SelectionConfig)
     output: OutputConfig = section(OutputConfig)

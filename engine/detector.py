@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import DetectorConfig, JudgeConfig
+from engine.config import ClassifierConfig
 from engine.kernels import DTYPES, compile_fixed, resolve_precision
 from engine.labels import ClassList, match_classes
 from engine.networks import Network, check_outputs, load_network
@@ -33,6 +33,7 @@ class _Judgement(nn.Module):
         self.preprocessor, self.network = preprocessor, network
         self.dtype = torch.float32
         self.kept: Tensor | None = None  # outputs that are classes of the run, in its order; None keeps all
+        self.temperature = 1.0
         self._features: list[Tensor] = []
         for head in heads:
             head.register_forward_pre_hook(self._note_input)
@@ -47,7 +48,19 @@ class _Judgement(nn.Module):
         self._features.clear()
         if self.kept is not None:
             logits = logits[:, self.kept]
-        return logits.softmax(dim=1), features
+        return (logits / self.temperature).softmax(dim=1), features
+
+
+class _Both(nn.Module):
+    """The mean of two judgements' probabilities, and the features of the first."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities, features = self.first(images)
+        return 0.5 * (probabilities + self.second(images)[0]), features
 
 
 def _find_heads(network: nn.Module, sample: Tensor) -> tuple[list[nn.Module], int]:
@@ -102,7 +115,8 @@ class Classifier:
         check_outputs(network.names, outputs, section)
         self.class_names = network.names.names if isinstance(network.names, ClassList) else network.names
         self._judgement = _Judgement(preprocessor, module, heads)
-        self._forward: Callable[[Tensor], tuple[Tensor, Tensor]] = self._judgement
+        self._whole: nn.Module = self._judgement  # with a second classifier: both
+        self._forward: Callable[[Tensor], tuple[Tensor, Tensor]] = self._whole
 
     def _probe(self, network: Network) -> Tensor:
         """Return one image as the network expects it, without two equal pixels side by side."""
@@ -116,7 +130,7 @@ class Classifier:
     @classmethod
     def open(
         cls,
-        options: DetectorConfig | JudgeConfig,
+        options: ClassifierConfig,
         classes: ClassList,
         *,
         section: str,
@@ -124,7 +138,7 @@ class Classifier:
         device: str,
         precision: str = "fp32",
     ) -> Classifier:
-        """Load the classifier of section "detector" or "judge" for a run of ``classes``.
+        """Load the classifier of section "detector", "second_detector" or "judge" for a run of ``classes``.
 
         Whatever it knows besides, it then speaks of these classes in this order: its logits are restricted to
         them before the softmax, which makes it a classifier of the run's data set. Raises UsageError where it
@@ -135,7 +149,12 @@ class Classifier:
         classifier._restrict(classes, options.match)
         classifier._judgement.dtype = dtype
         classifier._judgement.network.to(dtype)
+        classifier._judgement.temperature = getattr(options, "temperature", 1.0)
         return classifier
+
+    def join(self, second: Classifier) -> None:
+        """Judge together with another classifier of the same classes: p(x) becomes the mean of both."""
+        self._whole = self._forward = _Both(self._judgement, second._judgement)
 
     def _restrict(self, classes: ClassList, how: str) -> None:
         section = self._section
@@ -146,7 +165,7 @@ class Classifier:
 
     def compile(self) -> None:
         """Compile preprocessing, network and softmax as one graph for the fixed shape of the next call."""
-        self._forward = compile_fixed(self._judgement)
+        self._forward = compile_fixed(self._whole)
 
     def check_images(self, channels: int, size: int, key: str) -> None:
         """Raise UsageError naming ``key`` where the network cannot judge images of this kind."""

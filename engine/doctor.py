@@ -23,7 +23,7 @@ from engine.cluster import World, choose_device, has_rank, join_world
 from engine.config import RunConfig
 from engine.findings import Findings
 from engine.finishing import open_pool
-from engine.inventory import WantedModel, classifier_models, find_here, generator_model, is_whole
+from engine.inventory import WantedModel, classifier_models, classifiers_of, find_here, generator_model, is_whole
 from engine.kernels import DTYPES, check_attention, resolve_precision, xformers_fault
 from engine.labels import ClassList, match_classes
 from engine.machine import Machine, nearest_folder
@@ -163,7 +163,7 @@ class _RunCheck:
 
     def _look_at_classifier(self, model: WantedModel) -> None:
         findings, role = self._findings, model.role
-        options = self._config.detector if role == "detector" else self._config.judge
+        options = classifiers_of(self._config)[role]
         with findings.guard(role):
             root = find_here(findings, model)
             if root is None:
@@ -241,12 +241,12 @@ class _RunCheck:
 
         Like a start, it adopts the decisions of the record but those that configuration and machine decide alone.
         """
-        whole = {"generator", "detector"} <= self._digests.keys()
-        if not (self._shapes and self._data and self._precision and whole):
+        roles = {"generator", *classifiers_of(self._config)} - {"judge"}  # the judge only reports
+        if not (self._shapes and self._data and self._precision and roles <= self._digests.keys()):
             return None
         self._shapes.precision = self._precision  # shapes alone were opened on no real device
         decisions = {**there.decisions, **fixed_decisions(self._config, self._shapes, self._device)}
-        digests = {"data": self._data.digest, **{role: self._digests[role] for role in ("generator", "detector")}}
+        digests = {"data": self._data.digest, **{role: self._digests[role] for role in roles}}
         return make_record(self._config, self._data.classes, digests, there.plan, decisions, {})
 
     def _look_at_work(self) -> float:

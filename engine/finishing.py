@@ -216,8 +216,7 @@ class Finishing:
         by_class: dict[int, list[Unit]] = {}
         for unit in self._units:
             by_class.setdefault(unit.class_index, []).append(unit)
-        options = self._config.selection
-        rule = Rule(options.rule, options.dissimilarity, options.confidence_weight, options.slots)
+        rule = Rule.of(self._config.selection)
         policy = policy_of(self._config, selecting=True)
         for class_index in sorted(by_class):
             self._stop.check()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.backends import backend_class
 from engine.backends.folders import pickled
-from engine.config import DetectorConfig, JudgeConfig, RunConfig
+from engine.config import ClassifierConfig, RunConfig
 from engine.findings import Findings
 from engine.labels import read_class_list
 from engine.model_files import ask_hub, damage, find_model, is_hub_id, is_offline
@@ -26,7 +26,7 @@ _TOKENIZER = "tokenizer/*"
 class WantedModel:
     """One model of a configuration."""
 
-    role: str  # generator, detector or judge
+    role: str  # generator, detector, second_detector or judge
     reference: str  # folder, embedded:NAME or hub id
     revision: str
     patterns: tuple[str, ...]  # of the files that are needed of it
@@ -122,11 +122,20 @@ def generator_model(config: RunConfig) -> WantedModel:
 
 def classifier_models(config: RunConfig) -> list[WantedModel]:
     """Return what is needed of the detector and, where there is one, of the judge."""
-    roles: dict[str, DetectorConfig | JudgeConfig] = {"detector": config.detector, "judge": config.judge}
-    return [_classifier_model(role, options) for role, options in roles.items() if options.path]
+    return [_classifier_model(role, options) for role, options in classifiers_of(config).items()]
 
 
-def _classifier_model(role: str, options: DetectorConfig | JudgeConfig) -> WantedModel:
+def classifiers_of(config: RunConfig) -> dict[str, ClassifierConfig]:
+    """Return the sections that name a classifier, by role."""
+    roles: dict[str, ClassifierConfig] = {
+        "detector": config.detector,
+        "second_detector": config.second_detector,
+        "judge": config.judge,
+    }
+    return {role: options for role, options in roles.items() if options.path}
+
+
+def _classifier_model(role: str, options: ClassifierConfig) -> WantedModel:
     files = network_files(options.factory)
     others = tuple(name for name in files if name.endswith(".pth"))
     patterns = tuple(name for name in files if name not in others)

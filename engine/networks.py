@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import DetectorConfig, JudgeConfig
+from engine.config import ClassifierConfig
 from engine.labels import ClassList, names_by_index, read_class_list
 from engine.model_files import digest_model, find_model
 from engine.preprocessing import (
@@ -64,7 +64,7 @@ def network_files(factory: str) -> tuple[str, ...]:
     return (CONFIG_FILE, PREPROCESSOR_FILE, "model*.safetensors", "model.safetensors.index.json")
 
 
-def read_names(options: DetectorConfig | JudgeConfig, section: str, folder: Path) -> ClassList | tuple[str, ...]:
+def read_names(options: ClassifierConfig, section: str, folder: Path) -> ClassList | tuple[str, ...]:
     """Return what the outputs of a classifier mean, told by its files: no weights are read.
 
     Raises UsageError where they do not say it, or cannot be a classifier that this machine loads.
@@ -111,7 +111,7 @@ def digest_network(files: Iterable[Path], folder: Path, class_list: ClassList | 
     return digest_bytes(canonical_json([digest, class_list.names, class_list.wnids]))  # it may change under its name
 
 
-def load_network(options: DetectorConfig | JudgeConfig, section: str) -> Network:
+def load_network(options: ClassifierConfig, section: str) -> Network:
     """Load the classifier that section "detector" or "judge" names; raises UsageError naming the key to change."""
     key, patterns = f"{section}.path", network_files(options.factory)
     folder = find_model(options.path, key=key, revision=options.revision, patterns=patterns)

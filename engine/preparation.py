@@ -18,7 +18,7 @@ from engine import closing, estimate, run_record
 from engine.backends import open_backend
 from engine.backends.interface import Backend
 from engine.cluster import StopWatch, World, choose_device
-from engine.config import DataConfig, RunConfig
+from engine.config import ClassifierConfig, DataConfig, RunConfig
 from engine.detector import Classifier
 from engine.kernels import set_attention, set_numerics, use_compile_cache
 from engine.labels import ClassList, read_class_list
@@ -42,14 +42,16 @@ class Models:
     backend: Backend
     conditions: Tensor  # one a class, the null condition last
     detector: Classifier
+    second_digest: str  # of the second detector, "" where there is none
     data: RealData
     device: str
     judge: closing.Judge | None
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digests that ``run.json`` records: data, generator, detector."""
-        return {"data": self.data.digest, "generator": self.backend.digest, "detector": self.detector.digest}
+        """The digests that ``run.json`` records: data, generator, detector, a second detector if any."""
+        digests = {"data": self.data.digest, "generator": self.backend.digest, "detector": self.detector.digest}
+        return {**digests, "second_detector": self.second_digest} if self.second_digest else digests
 
 
 def load_models(config: RunConfig, world: World) -> Models:
@@ -67,13 +69,33 @@ def load_models(config: RunConfig, world: World) -> Models:
     data = open_data(config.data, config.data.split, backend.image_size, backend.channels)
     check_counts(data, config.prototypes.images_per_class)
     check_soft_labels(config.output.soft_labels, len(data.classes))
-    options = config.detector
-    detector = Classifier.open(
-        options, data.classes, section="detector", batch=options.batch, device=device, precision=options.precision
-    )
-    detector.check_images(backend.channels, config.output.size or backend.image_size, "detector.path")
+    side = config.output.size or backend.image_size
+    detector, second_digest = open_detectors(config, data.classes, backend.channels, side, device)
     conditions = backend.conditions(data.classes)
-    return Models(backend, conditions, detector, data, device, closing.open_judge(config, data, device))
+    judge = closing.open_judge(config, data, device)
+    return Models(backend, conditions, detector, second_digest, data, device, judge)
+
+
+def open_detectors(
+    config: RunConfig, classes: ClassList, channels: int, side: int, device: str
+) -> tuple[Classifier, str]:
+    """Load the detector, joined by the second where there is one; returns it and the digest of the second, or "".
+
+    Raises UsageError where one cannot judge images (``channels``, ``side``, ``side``) of ``classes``.
+    """
+
+    def load(options: ClassifierConfig, section: str) -> Classifier:
+        batch, precision = config.detector.batch, config.detector.precision
+        found = Classifier.open(options, classes, section=section, batch=batch, device=device, precision=precision)
+        found.check_images(channels, side, f"{section}.path")
+        return found
+
+    detector = load(config.detector, "detector")
+    if not config.second_detector.path:
+        return detector, ""
+    second = load(config.second_detector, "second_detector")
+    detector.join(second)
+    return detector, second.digest
 
 
 def listed_classes(config: DataConfig) -> ClassList:

@@ -89,12 +89,14 @@ class Choice:
     """The outcome of selection for one slot (step 4 of the method).
 
     ``dissimilarity`` is the cosine dissimilarity in [0, 2] to the reference set at the moment of
-    choice, and 0.0 where there was nothing to compare with (bases, fallbacks, empty sets).
+    choice, and 0.0 where there was nothing to compare with (bases, fallbacks, empty sets). ``flagged``: the base did
+    not pass; ``qualified``: the chosen image does.
     """
 
     class_index: int
     slot: int
     attempt: int
+    flagged: bool
     qualified: bool
     dissimilarity: float
     attempts_considered: int

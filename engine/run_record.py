@@ -25,7 +25,14 @@ from engine.workplan import plan_units
 RUN_FILE = "run.json"
 FORMAT = 2
 _PACKAGES = ("torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
-_LATER_KEYS = {"output.soft_labels": 0}  # identity keys that came after format 2: what every run did before
+_LATER_KEYS = {  # identity keys that came after format 2: what every run did before
+    "output.soft_labels": 0,
+    "detector.temperature": 1.0,
+    "second_detector.factory": "",
+    "second_detector.class_list": "",
+    "second_detector.match": "order",
+    "second_detector.temperature": 1.0,
+}
 _REMEDY = "restore it from a copy, or use another --output"
 
 
@@ -38,7 +45,7 @@ class RunRecord:
     wnids: tuple[str, ...]  # WordNet id of each class, "" where there is none
     plan: dict[str, int]  # num_classes, images_per_class, unit_slots
     decisions: dict[str, Any]  # taken once by the first process: device type, image size, precision, kernels, rows
-    digests: dict[str, str]  # data, generator, detector
+    digests: dict[str, str]  # data, generator, detector; second_detector where there is one
     versions: dict[str, str]
     measured: dict[str, Any]  # what the decisions rest on; nothing is compared with it
 

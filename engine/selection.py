@@ -13,10 +13,11 @@ attempts that pass, and the whole set grows by dissimilarity; ``hardest`` takes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from engine.config import SelectionConfig
 from engine.records import Attempt, Choice, UsageError
 from engine.refinement import Policy, count_attempts
 
@@ -29,6 +30,13 @@ class Rule:
     dissimilarity: str  # nearest | mean
     confidence_weight: float
     slots: str = "flagged"  # flagged | every
+    threshold: str = "fixed"  # fixed | class
+
+    @classmethod
+    def of(cls, options: SelectionConfig) -> Rule:
+        """Return the rule that a configuration asks for."""
+        kind, weight = options.rule, options.confidence_weight
+        return cls(kind, options.dissimilarity, weight, options.slots, options.threshold)
 
 
 _ALL_THAT_PASS = ("weighted", "hardest")  # kinds that do not ask for the top_k by confidence
@@ -61,6 +69,16 @@ class _References:
         return float(values.min() if self._kind == "nearest" else values.mean())
 
 
+def threshold_of(slots: Sequence[Sequence[Attempt]], beta: float) -> float:
+    """Return the confidence that the share ``beta`` of a class's attempts stays below.
+
+    A detector is less sure of some classes than of others; so each class has a threshold of its own, whatever it is.
+    """
+    verdicts = [attempt.verdict for attempts in slots for attempt in attempts]
+    confidences = [v.target_probability for v in verdicts if not v.failed]
+    return float(np.quantile(confidences, beta, method="higher")) if confidences else 0.0
+
+
 def _score(rule: Rule, attempt: Attempt, dissimilarity: float, has_references: bool) -> float:
     probability = attempt.verdict.target_probability
     if rule.kind == "hardest":
@@ -88,6 +106,8 @@ def choose_for_class(class_index: int, slots: Sequence[Sequence[Attempt]], polic
     ``policy`` carries the beta and top_k of this selection. Raises UsageError where no image of a slot
     is usable.
     """
+    if rule.threshold == "class":
+        policy = replace(policy, beta=threshold_of(slots, policy.beta))
     considered = [
         attempts[: count_attempts(policy, class_index, [attempt.verdict for attempt in attempts])] for attempts in slots
     ]
@@ -98,14 +118,14 @@ def choose_for_class(class_index: int, slots: Sequence[Sequence[Attempt]], polic
         if rule.slots == "flagged" and attempts[0].verdict.passes(class_index, policy.beta):
             references.add(attempts[0].feature)
             size += 1
-            choices[slot] = _choice(attempts, attempts[0], True, 0.0)
+            choices[slot] = _choice(attempts, attempts[0], policy, 0.0)
         else:
             undecided.append(slot)
     for slot in undecided:
         attempts = considered[slot]
         passing = [attempt for attempt in attempts if attempt.verdict.passes(class_index, policy.beta)]
         if not passing:
-            choices[slot] = _choice(attempts, _fallback(class_index, slot, attempts), False, 0.0)
+            choices[slot] = _choice(attempts, _fallback(class_index, slot, attempts), policy, 0.0)
             continue
         if rule.kind not in _ALL_THAT_PASS:
             passing.sort(key=lambda attempt: (-attempt.verdict.target_probability, attempt.key.attempt))
@@ -114,16 +134,18 @@ def choose_for_class(class_index: int, slots: Sequence[Sequence[Attempt]], polic
         best, distance = min(scored, key=lambda pair: (-_score(rule, pair[0], pair[1], size > 0), pair[0].key.attempt))
         references.add(best.feature)
         size += 1
-        choices[slot] = _choice(attempts, best, True, distance)
+        choices[slot] = _choice(attempts, best, policy, distance)
     return [choices[slot] for slot in range(len(slots))]
 
 
-def _choice(attempts: Sequence[Attempt], best: Attempt, qualified: bool, dissimilarity: float) -> Choice:
+def _choice(attempts: Sequence[Attempt], best: Attempt, policy: Policy, dissimilarity: float) -> Choice:
+    class_index = best.key.class_index
     return Choice(
-        class_index=best.key.class_index,
+        class_index=class_index,
         slot=best.key.slot,
         attempt=best.key.attempt,
-        qualified=qualified,
+        flagged=not attempts[0].verdict.passes(class_index, policy.beta),
+        qualified=best.verdict.passes(class_index, policy.beta),
         dissimilarity=dissimilarity,
         attempts_considered=len(attempts),
         base=attempts[0].verdict,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.backends import pixel_unet
+from engine.calibration import calibration_error, fit_temperature, scale_by
 from engine.detector import Classifier
 from engine.networks import LogitsOf, Network
 from engine.preprocessing import Preprocessor, plain_preprocessing, write_preprocessing
@@ -111,12 +112,24 @@ class ClassifierTask:
         return nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
-        """Return the accuracy on the validation and, where there is one, the test split, read here only."""
+        """Return the accuracy on the validation and, where there is one, the test split, read here only.
+
+        Besides, of the validation split: the calibration error, and the ``detector.temperature`` that makes it small.
+        """
         device = str(next(model.parameters()).device)
         network = Network(LogitsOf(model), self._preprocessing, self._held_out["validation"].class_names, digest="")
         classifier = Classifier(network, batch=_EVALUATION_BATCH, device=device)
-        return {
+        figures = {
             f"{split}_accuracy": round(classifier.agreement(data.parts()), 4) for split, data in self._held_out.items()
+        }
+        images, labels = self._held_out["validation"].load_all()
+        probabilities = classifier.classify(images)[0]
+        temperature = fit_temperature(probabilities, labels)
+        calibrated = scale_by(probabilities, temperature)
+        return figures | {
+            "calibrated_temperature": round(temperature, 4),
+            "validation_calibration_error": round(calibration_error(probabilities, labels), 4),
+            "validation_calibration_error_calibrated": round(calibration_error(calibrated, labels), 4),
         }
 
     def save(self, folder: Path, model: Any) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from builders import open_detector
-from commands import QUICKSTART
+from commands import QUICKSTART, SMALL, distill, python
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine import cli
+from engine.calibration import scale_by
 from engine.config import DataConfig, DetectorConfig, JudgeConfig
 from engine.detector import Classifier
 from engine.labels import ClassList, read_class_list
@@ -23,6 +24,7 @@ from engine.networks import LogitsOf, Network, network_files
 from engine.preprocessing import Preprocessor, plain_preprocessing, read_preprocessing, write_preprocessing
 from engine.real_data import open_data
 from engine.records import UsageError
+from engine.run_record import read_record
 from engine.settings import locate
 
 NAMES = ("kite", "hen", "crane", "goose", "heron")
@@ -165,6 +167,41 @@ def test_verdicts_and_agreement_follow_from_the_probabilities(resnet):
     assert len(features) == 6
     labels[:3] = (labels[:3] + 1) % 5
     assert classifier.agreement([(images(6)[:4], labels[:4]), (images(6)[4:], labels[4:])]) == 0.5
+
+
+def test_a_temperature_softens_the_probabilities_and_leaves_the_order(resnet):
+    plain = open_classifier(resnet).classify(images(6))[0]
+    soft = open_classifier(resnet, temperature=4.0).classify(images(6))[0]
+    np.testing.assert_allclose(soft, scale_by(plain, 4.0), atol=1e-6)
+    np.testing.assert_array_equal(soft.argmax(1), plain.argmax(1))
+    assert (soft.max(1) < plain.max(1)).all()
+
+
+def test_two_detectors_answer_with_their_mean_and_the_features_of_the_first(tmp_path, resnet):
+    second = open_classifier(save(tmp_path, make_model("vit")))
+    joined, alone = open_classifier(resnet), open_classifier(resnet)
+    joined.join(second)
+    probabilities, features = joined.classify(images(6))
+    (expected, kept), (other, _) = alone.classify(images(6)), second.classify(images(6))
+    np.testing.assert_allclose(probabilities, (expected + other) / 2, atol=1e-6)
+    np.testing.assert_array_equal(features, kept)
+    assert np.abs(expected - other).max() > 0.01  # else the mean would show nothing
+
+
+def test_a_second_detector_belongs_to_the_run(tmp_path):
+    """With one and the same network twice nothing changes but what the run is."""
+    small = [*SMALL, "prototypes.images_per_class=1"]
+    distill(tmp_path / "one", *small)
+    distill(tmp_path / "two", *small, "second_detector.path=embedded:detector")
+    records = [read_record(tmp_path / name) for name in ("one", "two")]
+    assert set(records[1].digests) - set(records[0].digests) == {"second_detector"}
+    assert records[0].digest() != records[1].digest()
+    places = [tmp_path / name / "selections/default/choices.jsonl" for name in ("one", "two")]
+    assert places[0].read_bytes() == places[1].read_bytes()
+    output = ["--config", str(QUICKSTART), "--output", str(tmp_path / "two"), *small]
+    again = python("engine/distill.py", *output, "second_detector.path=embedded:judge")
+    assert again.returncode == 2
+    assert "digest of second_detector: " in again.stderr
 
 
 @pytest.mark.parametrize(("name", "accuracy"), [("detector", 0.9085), ("judge", 0.8955)])
@@ -586,7 +623,7 @@ def test_a_batch_that_does_not_fit_names_the_key(resnet, monkeypatch):
         classifier.check_images(3, 32, "detector.path")
 
 
-@pytest.mark.parametrize("section", ["detector", "judge"])
+@pytest.mark.parametrize("section", ["detector", "second_detector", "judge"])
 def test_the_main_job_refuses_it_before_anything_is_written(capsys, tmp_path, resnet, section):
     output = tmp_path / "run"
     assert cli.distill_main(["--config", str(QUICKSTART), "--output", str(output), f"{section}.path={resnet}"]) == 2

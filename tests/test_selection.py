@@ -72,6 +72,28 @@ def test_with_every_slot_open_the_set_grows_by_dissimilarity():
     assert numbers(choose_for_class(CLASS, slots, make_policy("all", max_candidates=1), DISSIMILAR)) == [0, 0, 0]
 
 
+def test_with_a_threshold_of_its_own_a_share_of_the_class_is_flagged():
+    """An easy class and a hard one: of either all but the two surest attempts are flagged."""
+    for scale in (1.0, 0.4):
+        sure, unsure = good(0.9 * scale), good(0.5 * scale)
+        slots = [
+            make_slot(0, (sure, at(0)), (unsure, at(90))),
+            make_slot(1, (unsure, at(0)), (sure, at(80))),
+            make_slot(2, (bad(0.0), at(0)), (unsure, at(90))),
+        ]
+        policy, own = (
+            make_policy("all", beta=0.7, max_candidates=1),
+            Rule("dissimilar", "nearest", 0.5, threshold="class"),
+        )
+        choices = choose_for_class(CLASS, slots, policy, own)
+        assert [(c.attempt, c.flagged, c.qualified) for c in choices] == [
+            (0, False, True),
+            (1, True, True),
+            (1, True, False),  # the best there is, below the threshold
+        ]
+    assert [c.qualified for c in choose_for_class(CLASS, slots, policy, DISSIMILAR)] == [False] * 3
+
+
 @pytest.mark.parametrize("base_slot", [0, 1, 2])
 def test_every_passing_base_is_a_reference_also_one_of_a_higher_slot(base_slot):
     slots = [[(bad(), 0), (bad(), 0), (bad(), 0)]] * 2

@@ -174,6 +174,8 @@ def test_selection_cannot_ask_for_more_than_was_generated(policy):
     assert message.startswith("selection.top_k: 3 given; allowed: at most generation.top_k (2), because policy ")
     message = refusal(policy, "selection.slots=every")
     assert message.startswith("selection.slots: 'every' given; allowed: flagged, because policy ")
+    message = refusal(policy, "selection.threshold=class")
+    assert message.startswith("selection.threshold: 'class' given; allowed: fixed, because policy ")
 
 
 def test_policy_all_lifts_the_limits_of_selection():
