@@ -20,7 +20,7 @@ from engine.leases import Leases
 from engine.pool import Pool
 from engine.publish import content_of, digest_bytes, publish_json, publish_same, read_json, staged_file, sweep_staged
 from engine.records import Attempt, Choice, Unit, UsageError
-from engine.refinement import Policy
+from engine.refinement import policy_of
 from engine.run_record import RunRecord, reconfigure
 from engine.selection import Rule, choose_for_class
 from engine.settings import SELECTION, flatten
@@ -37,13 +37,6 @@ class Unfinished(UsageError):
     def __init__(self, units: list[Unit], total: int) -> None:
         super().__init__(f"{len(units)} of {total} units are not generated yet; finish the run first")
         self.units = units
-
-
-def policy_of(config: RunConfig, *, selecting: bool) -> Policy:
-    """Return the policy of generation, or the same with the beta and top_k of selection."""
-    generation = config.generation
-    beta, top_k = (config.beta, config.top_k) if selecting else (generation.beta, generation.top_k)
-    return Policy(generation.policy, beta, top_k, generation.max_candidates, generation.wave)
 
 
 def open_pool(folder: Path, record: RunRecord) -> Pool:
@@ -103,8 +96,10 @@ class Finishing:
         if not (self.folder / _COMPLETE).exists():
             return False
         complete = self.read_complete()
-        there, here = complete["settings"], selection_settings(self._config)
-        differences = [f"{key}: {there.get(key)} there, {here[key]} now" for key in here if there.get(key) != here[key]]
+        # a key that came later did what its default does
+        there = {**flatten(RunConfig(), (SELECTION,)), **complete["settings"]}
+        here = selection_settings(self._config)
+        differences = [f"{key}: {there[key]} there, {here[key]} now" for key in here if there[key] != here[key]]
         if differences:
             raise UsageError(
                 f"selection.name: {self._config.selection.name!r} exists with other settings "

@@ -20,7 +20,7 @@ from engine.claims import Claims
 from engine.cluster import StopWatch, World, find_slurm_job, spare_threads
 from engine.config import RunConfig
 from engine.conveyor import Conveyor, PoolWriter
-from engine.finishing import Finishing, Unfinished, open_pool, policy_of
+from engine.finishing import Finishing, Unfinished, open_pool
 from engine.generation import Producer
 from engine.image_making import ImageFormat, ImageMaker
 from engine.kernels import ran_out_of_memory
@@ -29,6 +29,7 @@ from engine.preparation import Models, agree, load_models, make_guidance, make_s
 from engine.prototype_files import count_skipped, prototype_work, publish_prototypes, published_classes, read_prototypes
 from engine.prototypes import make_prototypes
 from engine.records import Unit, UsageError
+from engine.refinement import policy_of
 from engine.run_record import RunRecord, run_folder
 from engine.stages import STAGES
 from engine.synthesis import DenoisingLoop

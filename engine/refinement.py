@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.config import RunConfig
 from engine.records import Verdict
 
 
@@ -22,6 +23,13 @@ class Policy:
     top_k: int
     max_candidates: int
     wave: int  # 0: each round as large as the number of passing candidates that top_k still lacks
+
+
+def policy_of(config: RunConfig, *, selecting: bool) -> Policy:
+    """Return the policy of generation, or the same with the beta and top_k of selection."""
+    generation = config.generation
+    beta, top_k = (config.beta, config.top_k) if selecting else (generation.beta, generation.top_k)
+    return Policy(generation.policy, beta, top_k, generation.max_candidates, generation.wave)
 
 
 def next_attempts(policy: Policy, class_index: int, verdicts: Sequence[Verdict]) -> range:

@@ -15,13 +15,13 @@ from pathlib import Path
 from engine.choices import ChoiceFile
 from engine.cluster import StopWatch
 from engine.config import RunConfig
-from engine.finishing import DEFAULT_SELECTION, Finishing, open_pool, policy_of
+from engine.finishing import DEFAULT_SELECTION, Finishing, open_pool
 from engine.leases import Leases
 from engine.pool import Pool
 from engine.prototype_files import paths_of, read_prototypes
 from engine.publish import content_of, digest_bytes, digest_file, read_json
 from engine.records import Attempt, Unit, UsageError
-from engine.refinement import next_attempts
+from engine.refinement import next_attempts, policy_of
 from engine.run_record import RunRecord, read_record, reconfigure
 from engine.shards import SUMS, derive_digest, index_files, shard_name
 

@@ -11,13 +11,13 @@ from engine.cluster import StopWatch
 from engine.config import DetectorConfig, RunConfig
 from engine.conveyor import Conveyor, PoolWriter
 from engine.detector import Classifier
-from engine.finishing import Finishing, open_pool, policy_of
+from engine.finishing import Finishing, open_pool
 from engine.generation import Producer
 from engine.labels import read_class_list
 from engine.leases import Leases
 from engine.pool import MadeImage
 from engine.records import Attempt, AttemptKey, Unit, Verdict
-from engine.refinement import Policy, next_attempts
+from engine.refinement import Policy, next_attempts, policy_of
 from engine.run_record import RunRecord
 from engine.settings import build, flatten
 

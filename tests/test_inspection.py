@@ -14,11 +14,12 @@ from virtual_files import holder
 
 from engine import cli
 from engine.claims import Claims
-from engine.finishing import open_pool, policy_of
+from engine.finishing import open_pool
 from engine.inspection import rate, read_status
 from engine.leases import RealFiles, this_holder
 from engine.prototype_files import Prototypes, publish_prototypes
 from engine.publish import canonical_json, publish_bytes
+from engine.refinement import policy_of
 from engine.run_record import FORMAT, RUN_FILE
 
 SHARDS = [f"train-{index:06d}.tar" for index in range(4)]

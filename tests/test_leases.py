@@ -21,10 +21,11 @@ from engine import leases as leases_module
 from engine.claims import Claims
 from engine.cluster import StopWatch
 from engine.config import RuntimeConfig
-from engine.finishing import open_pool, policy_of
+from engine.finishing import open_pool
 from engine.lease_rules import Holder, Seen, Work, is_expired, next_look
 from engine.leases import Leases, RealFiles, is_dead, iterate_leases, this_holder
 from engine.records import StopRequested, UsageError
+from engine.refinement import policy_of
 from engine.settings import build
 
 EXPIRY = 120.0

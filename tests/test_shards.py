@@ -25,8 +25,9 @@ from builders import (
 
 from engine import finishing as finishing_module
 from engine import imaging
-from engine.finishing import open_pool, policy_of
+from engine.finishing import open_pool
 from engine.records import Choice, UsageError, Verdict
+from engine.refinement import policy_of
 from engine.shards import ShardSet, data_card, describe, shard_lengths
 
 CLASSES, SLOTS = 3, 5

@@ -28,12 +28,13 @@ from engine.cluster import StopWatch, World
 from engine.config import RunConfig
 from engine.doctor import examine_run
 from engine.findings import Findings
-from engine.finishing import open_pool, policy_of
+from engine.finishing import open_pool
 from engine.forecast import dry_run
 from engine.image_making import ImageFormat, ImageMaker
 from engine.machine import Machine
 from engine.publish import canonical_json, digest_bytes
 from engine.records import UsageError, Verdict
+from engine.refinement import policy_of
 from engine.run_record import check_agreement, read_record
 from engine.settings import load
 from engine.soft_labels import (
