@@ -93,6 +93,9 @@ class PrototypeConfig:
         high=0.5,
     )
     enabled: bool = key(True, "false starts every image from pure noise (an ablation: no prototypes)")
+    real_features: int = key(
+        0, "real images of each class whose detector features are kept, for selection.rule covering; 0: none", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,9 +191,10 @@ class SelectionConfig:
     rule: str = key(
         "dissimilar",
         "dissimilar: the most dissimilar of the top_k; weighted: a weighted sum; confident: p(y) alone; hardest: the "
-        "lowest p(y) that passes",
+        "lowest p(y) that passes; covering: all slots of a class together, so that they cover its real images "
+        "(prototypes.real_features)",
         kind=SELECTION,
-        choices=("dissimilar", "weighted", "confident", "hardest"),
+        choices=("dissimilar", "weighted", "confident", "hardest", "covering"),
     )
     dissimilarity: str = key(
         "nearest", "to the nearest qualified image, or the mean over all", kind=SELECTION, choices=("nearest", "mean")
@@ -285,6 +289,11 @@ def check_run(config: RunConfig) -> None:
                 f"selection.{name}: {given!r} given; allowed: {other}, because policy {generation.policy!r} generated "
                 "candidates of flagged slots only; generation.policy=all lifts this limit"
             )
+    if selection.rule == "covering" and not config.prototypes.real_features:
+        raise UsageError(
+            "selection.rule: 'covering' given; it needs prototypes.real_features above 0 when the run is created "
+            "(200 is plenty)"
+        )
     if config.guidance.start > config.guidance.stop:
         raise UsageError(
             f"guidance.start: {config.guidance.start} given; allowed: at most guidance.stop ({config.guidance.stop})"

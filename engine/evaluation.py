@@ -41,6 +41,12 @@ class EvaluationConfig:
     sets: tuple[str, ...] = key((), "what is compared, each NAME=KIND:PLACE; the first is the reference", kind=RUNTIME)
     seeds: int = key(5, "seeds: distillation runs, random draws", kind=RUNTIME, low=1)
     students: int = key(1, "students of each set and seed", kind=RUNTIME, low=1)
+    deciding: tuple[str, ...] = key(
+        (),
+        "names of the sets that have 'students' students, the others have 'other_students'; empty: all",
+        kind=RUNTIME,
+    )
+    other_students: int = key(1, "students of each seed of a set that is not among 'deciding'", kind=RUNTIME, low=1)
     split: str = key("test", "real split that is scored; choose options on 'validation', read 'test' once")
     image_size: int = key(32, "pixels of a side", low=4)
     channels: int = key(1, "1 grey, 3 RGB", low=1, high=3)
@@ -83,6 +89,8 @@ class Evaluation:
         sets = dict(reader.parse(text) for text in config.sets)
         if not sets:
             raise UsageError("sets: nothing to compare; give a list of NAME=KIND:PLACE")
+        if unknown := sorted(set(config.deciding) - set(sets)):
+            raise UsageError(f"deciding: {unknown[0]!r} given; allowed: the names in 'sets': {', '.join(sets)}")
         self._sets = {name: functools.lru_cache(1)(read) for name, read in sets.items()}
         self._real = functools.cache(self._real_features)
         if config.student.threads:
@@ -96,8 +104,17 @@ class Evaluation:
         return classifier
 
     def _work(self) -> list[_Item]:
-        kinds = range(-1 if self._config.judge.path else 0, self._config.students)
-        return [_Item(name, seed, kind) for seed in range(self._config.seeds) for name in self._sets for kind in kinds]
+        first = -1 if self._config.judge.path else 0
+        return [
+            _Item(name, seed, kind)
+            for seed in range(self._config.seeds)
+            for name in self._sets
+            for kind in range(first, self._students_of(name))
+        ]
+
+    def _students_of(self, name: str) -> int:
+        decides = not self._config.deciding or name in self._config.deciding
+        return self._config.students if decides else self._config.other_students
 
     def run(self) -> dict[str, Any]:
         """Do what is missing of this process's share; the first process then returns the whole comparison."""
@@ -200,7 +217,6 @@ class Evaluation:
             "scored_images": sum(test.count(index) for index in range(len(test.class_names))),
             "seeds": self._config.seeds,
             "split": self._config.split,
-            "students": self._config.students,
         }
         replace_bytes(self._folder / "table.json", canonical_json(table))
         replace_bytes(self._folder / "table.md", format_table(table).encode())
@@ -208,7 +224,7 @@ class Evaluation:
 
     def _row(self, name: str, found: dict[_Item, dict[str, Any]]) -> dict[str, Any]:
         """Return the figures of a set; the students of a seed count as one observation, their mean."""
-        seeds, trained = range(self._config.seeds), range(self._config.students)
+        seeds, trained = range(self._config.seeds), range(self._students_of(name))
 
         def means(what: str) -> list[float]:
             return [statistics.fmean(found[_Item(name, seed, k)][what] for k in trained) for seed in seeds]
@@ -234,12 +250,13 @@ def format_table(table: dict[str, Any]) -> str:
     """Return the comparison as a Markdown table; intervals are 95 % over seeds, differences are paired by seed."""
     reference, has_best = table["rows"][0]["name"], table["config"]["student.scorings"] > 1
     has_figures = "figures" in table["rows"][0]
-    header = ["set", "images", f"{table['split']} accuracy, %", *(["best, %"] if has_best else [])]
+    header = ["set", "images", "students", f"{table['split']} accuracy, %", *(["best, %"] if has_best else [])]
     header += [f"{reference} minus this, points"]
     header += ["label consistency, %", "diversity", "coverage", "Frechet distance"] if has_figures else []
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for row in table["rows"]:
-        cells = [row["name"], str(row["images"]), _percent(row["mean"], row["interval"])]
+        trained = f"{len(row['students'])} x {len(row['students'][0])}"
+        cells = [row["name"], str(row["images"]), trained, _percent(row["mean"], row["interval"])]
         cells += [_percent(row["best_mean"], row["best_interval"])] if has_best else []
         gap = "" if row["difference_interval"] is None else f" ± {100 * row['difference_interval']:.1f}"
         cells.append("" if row["name"] == reference else f"{100 * row['reference_minus_this']:+.1f}{gap}")

@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.choices import ChoiceFile, Placed
 from engine.cluster import StopWatch
 from engine.config import RunConfig
 from engine.lease_rules import Work
 from engine.leases import Leases
 from engine.pool import Pool
+from engine.prototype_files import read_prototypes
 from engine.publish import content_of, digest_bytes, publish_json, publish_same, read_json, staged_file, sweep_staged
 from engine.records import Attempt, Choice, Unit, UsageError
 from engine.refinement import policy_of
@@ -80,7 +83,7 @@ class Finishing:
 
     def __init__(self, folder: Path, record: RunRecord, config: RunConfig, leases: Leases, stop: StopWatch) -> None:
         self._record, self._config, self._leases, self._stop = record, config, leases, stop
-        self._pool = open_pool(folder, record)
+        self._pool, self._prototypes = open_pool(folder, record), folder / "prototypes"
         self._units = record.units()
         name = config.selection.name
         self.report_folder = folder / "report" if name == DEFAULT_SELECTION else folder / "selections" / name / "report"
@@ -218,13 +221,19 @@ class Finishing:
             units = sorted(by_class[class_index], key=lambda unit: unit.first_slot)
             slots = [attempts for unit in units for attempts in self._pool.read(unit)]
             owners = [unit.index for unit in units for _ in unit.slots]
+            real = self._real_features(class_index) if rule.kind == "covering" else None
             kept = {unit.index: self._pool.kept(unit) for unit in units}  # None for what was never pruned
-            for choice in choose_for_class(class_index, slots, policy, rule):
+            for choice in choose_for_class(class_index, slots, policy, rule, real):
                 attempt = slots[choice.slot][choice.attempt]
                 left = kept[owners[choice.slot]]
                 if left is not None and attempt.offset not in left:
                     raise self._pool.dropped(owners[choice.slot])
                 yield _place(choice, owners[choice.slot], attempt).encode()
+
+    def _real_features(self, class_index: int) -> np.ndarray:
+        found = read_prototypes(self._prototypes, class_index).real_features
+        assert found is not None  # the configuration was checked
+        return found
 
     def choices(self) -> ChoiceFile:
         """Open the choices of this selection; raises UsageError where they do not match their digest."""

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import closing
+from engine import closing, imaging
 from engine.claims import Claims
 from engine.cluster import StopWatch, World, find_slurm_job, spare_threads
 from engine.config import RunConfig
 from engine.conveyor import Conveyor, PoolWriter
+from engine.covering import unit
 from engine.finishing import Finishing, Unfinished, open_pool
 from engine.generation import Producer
 from engine.image_making import ImageFormat, ImageMaker
@@ -120,7 +121,17 @@ class Job:
         )
         for line in made.skipped:
             self._log.write("skipped_image", reason=line)
+        if count := self._config.prototypes.real_features:
+            made = dataclasses.replace(made, real_features=self._look_at_real(class_index, count))
         publish_prototypes(self._folder / "prototypes", made)
+
+    def _look_at_real(self, class_index: int, count: int) -> np.ndarray:
+        """Return the detector's features (N, F) float16 at length 1 of ``count`` real images spread over a class."""
+        data, side = self._models.data, int(self._record.decisions["image_size"])
+        positions = np.unique(np.linspace(0, data.count(class_index) - 1, count).round().astype(int))
+        found = [data.read(class_index, int(position)) for position in positions]
+        images = np.stack([imaging.fit(image, side, "resize") for image in found if image is not None])
+        return unit(self._models.detector.classify(images)[1]).astype(np.float16)
 
     def _producer(self) -> tuple[Producer, DenoisingLoop, ImageMaker]:
         config, models = self._config, self._models

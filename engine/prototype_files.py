@@ -31,6 +31,7 @@ class Prototypes:
     num_images: int
     skipped: tuple[str, ...]  # broken real images
     outliers: int  # real images left out by the Local Outlier Factor
+    real_features: np.ndarray | None = None  # (N, F) float16, the detector's of some real images, at length 1
 
 
 def paths_of(folder: Path, class_index: int) -> tuple[Path, Path]:
@@ -81,13 +82,8 @@ def count_skipped(folder: Path, class_index: int) -> int:
 def publish_prototypes(folder: Path, prototypes: Prototypes) -> None:
     """Write tensors, then the manifest with their digest."""
     tensors, manifest = paths_of(folder, prototypes.class_index)
-    data = format_safetensors(
-        {
-            "centroids": np.ascontiguousarray(prototypes.centroids),
-            "nearest": np.ascontiguousarray(prototypes.nearest),
-            "counts": np.ascontiguousarray(prototypes.counts),
-        }
-    )
+    arrays = {name: getattr(prototypes, name) for name in ("centroids", "nearest", "counts", "real_features")}
+    data = format_safetensors({name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None})
     publish_same(tensors, data)
     content = {
         "class_index": prototypes.class_index,
@@ -118,4 +114,5 @@ def read_prototypes(folder: Path, class_index: int) -> Prototypes:
         num_images=manifest["num_images"],
         skipped=tuple(manifest["skipped"]),
         outliers=manifest["outliers"],
+        real_features=tensors.get("real_features"),
     )

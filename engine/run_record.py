@@ -27,6 +27,7 @@ FORMAT = 2
 _PACKAGES = ("torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
 _LATER_KEYS = {  # identity keys that came after format 2: what every run did before
     "output.soft_labels": 0,
+    "prototypes.real_features": 0,
     "detector.temperature": 1.0,
     "second_detector.factory": "",
     "second_detector.class_list": "",

@@ -7,17 +7,19 @@ the highest p(y). Where none passes, the highest p(y) of all attempts is taken, 
 and never joins. Every tie goes to the lowest attempt.
 
 Beyond the paper: ``slots="every"`` gives no base its slot beforehand, so that each slot is chosen among all of its
-attempts that pass, and the whole set grows by dissimilarity; ``hardest`` takes the least sure attempt that passes.
+attempts that pass, and the whole set grows by dissimilarity; ``hardest`` takes the least sure attempt that passes;
+``covering`` chooses for all open slots together; ``threshold="class"`` gives every class a confidence of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.config import SelectionConfig
+from engine.covering import cover, unit
 from engine.records import Attempt, Choice, UsageError
 from engine.refinement import Policy, count_attempts
 
@@ -26,7 +28,7 @@ from engine.refinement import Policy, count_attempts
 class Rule:
     """How a candidate is chosen; the fields are those of the section ``selection``."""
 
-    kind: str  # dissimilar | weighted | confident | hardest
+    kind: str  # dissimilar | weighted | confident | hardest | covering
     dissimilarity: str  # nearest | mean
     confidence_weight: float
     slots: str = "flagged"  # flagged | every
@@ -39,7 +41,7 @@ class Rule:
         return cls(kind, options.dissimilarity, weight, options.slots, options.threshold)
 
 
-_ALL_THAT_PASS = ("weighted", "hardest")  # kinds that do not ask for the top_k by confidence
+_ALL_THAT_PASS = ("weighted", "hardest", "covering")  # kinds that do not ask for the top_k by confidence
 
 
 class _References:
@@ -49,22 +51,16 @@ class _References:
         self._kind = kind
         self._rows: list[np.ndarray] = []
 
-    @staticmethod
-    def _unit(feature: np.ndarray) -> np.ndarray:
-        vector = np.asarray(feature, np.float64)
-        length = np.sqrt((vector * vector).sum())
-        return vector / length if length > 0 else vector
-
     def add(self, feature: np.ndarray) -> None:
         """Let one qualified sample join."""
-        self._rows.append(self._unit(feature))
+        self._rows.append(unit(feature))
 
     def dissimilarity(self, feature: np.ndarray) -> float:
         """Return the cosine dissimilarity in [0, 2] to the set; 0.0 for an empty one."""
         if not self._rows:
             return 0.0
         # a plain sum in a fixed order: no BLAS call whose blocking depends on threads
-        cosines = (np.stack(self._rows) * self._unit(feature)).sum(axis=1)
+        cosines = (np.stack(self._rows) * unit(feature)).sum(axis=1)
         values = np.clip(1.0 - cosines, 0.0, 2.0)
         return float(values.min() if self._kind == "nearest" else values.mean())
 
@@ -97,45 +93,83 @@ def _fallback(class_index: int, slot: int, attempts: Sequence[Attempt]) -> Attem
             f"class {class_index}, slot {slot}: all {len(attempts)} images are flat or not finite; "
             "change generator.precision or generator.path"
         )
-    return min(usable, key=lambda attempt: (-attempt.verdict.target_probability, attempt.key.attempt))
+    return min(usable, key=_surest_first)
 
 
-def choose_for_class(class_index: int, slots: Sequence[Sequence[Attempt]], policy: Policy, rule: Rule) -> list[Choice]:
+def choose_for_class(
+    class_index: int,
+    slots: Sequence[Sequence[Attempt]],
+    policy: Policy,
+    rule: Rule,
+    real: np.ndarray | None = None,
+) -> list[Choice]:
     """Choose one attempt for every slot of a class; ``slots[s]`` holds the attempts of slot s in order.
 
-    ``policy`` carries the beta and top_k of this selection. Raises UsageError where no image of a slot
-    is usable.
+    ``policy`` carries the beta and top_k of this selection; ``real`` holds features (N, F) of real images of the class,
+    for rule "covering" alone. Raises UsageError where no image of a slot is usable.
     """
     if rule.threshold == "class":
         policy = replace(policy, beta=threshold_of(slots, policy.beta))
     considered = [
         attempts[: count_attempts(policy, class_index, [attempt.verdict for attempt in attempts])] for attempts in slots
     ]
-    references = _References(rule.dissimilarity)
-    undecided, size = [], 0
     choices: dict[int, Choice] = {}
+    bases: list[Attempt] = []
+    passing: dict[int, list[Attempt]] = {}  # of the slots that are still open, the surest first
     for slot, attempts in enumerate(considered):
         if rule.slots == "flagged" and attempts[0].verdict.passes(class_index, policy.beta):
-            references.add(attempts[0].feature)
-            size += 1
+            bases.append(attempts[0])
             choices[slot] = _choice(attempts, attempts[0], policy, 0.0)
+        elif found := [attempt for attempt in attempts if attempt.verdict.passes(class_index, policy.beta)]:
+            passing[slot] = sorted(found, key=_surest_first)
         else:
-            undecided.append(slot)
-    for slot in undecided:
-        attempts = considered[slot]
-        passing = [attempt for attempt in attempts if attempt.verdict.passes(class_index, policy.beta)]
-        if not passing:
             choices[slot] = _choice(attempts, _fallback(class_index, slot, attempts), policy, 0.0)
-            continue
-        if rule.kind not in _ALL_THAT_PASS:
-            passing.sort(key=lambda attempt: (-attempt.verdict.target_probability, attempt.key.attempt))
-            passing = passing[: policy.top_k]
-        scored = [(attempt, references.dissimilarity(attempt.feature)) for attempt in passing]
-        best, distance = min(scored, key=lambda pair: (-_score(rule, pair[0], pair[1], size > 0), pair[0].key.attempt))
-        references.add(best.feature)
-        size += 1
-        choices[slot] = _choice(attempts, best, policy, distance)
+    if rule.kind == "covering":
+        assert real is not None  # the configuration was checked
+        chosen = _cover(passing, bases, real)
+    else:
+        chosen = _one_by_one(passing, bases, policy.top_k, rule)
+    for slot, (best, distance) in chosen.items():
+        choices[slot] = _choice(considered[slot], best, policy, distance)
     return [choices[slot] for slot in range(len(slots))]
+
+
+def _one_by_one(
+    passing: Mapping[int, Sequence[Attempt]], bases: Sequence[Attempt], top_k: int, rule: Rule
+) -> dict[int, tuple[Attempt, float]]:
+    """Return for every open slot, in ascending order, its attempt and that one's dissimilarity to what is chosen."""
+    references = _References(rule.dissimilarity)
+    for base in bases:
+        references.add(base.feature)
+    chosen: dict[int, tuple[Attempt, float]] = {}
+    for slot, attempts in passing.items():
+        kept = attempts if rule.kind in _ALL_THAT_PASS else attempts[:top_k]
+        scored = [(attempt, references.dissimilarity(attempt.feature)) for attempt in kept]
+        compared = bool(bases or chosen)
+        best, distance = min(scored, key=lambda pair: (-_score(rule, pair[0], pair[1], compared), pair[0].key.attempt))
+        references.add(best.feature)
+        chosen[slot] = best, distance
+    return chosen
+
+
+def _cover(
+    passing: Mapping[int, Sequence[Attempt]], bases: Sequence[Attempt], real: np.ndarray
+) -> dict[int, tuple[Attempt, float]]:
+    """Return for every open slot its attempt of a set that covers the real images, and its distance to the others."""
+    candidates = [[attempt.feature for attempt in attempts] for attempts in passing.values()]
+    numbers = cover(real, [base.feature for base in bases], candidates)
+    best = [attempts[number] for attempts, number in zip(passing.values(), numbers, strict=True)]
+    chosen: dict[int, tuple[Attempt, float]] = {}
+    for index, slot in enumerate(passing):
+        others = _References("nearest")
+        for other in (*bases, *best[:index], *best[index + 1 :]):
+            others.add(other.feature)
+        chosen[slot] = best[index], others.dissimilarity(best[index].feature)
+    return chosen
+
+
+def _surest_first(attempt: Attempt) -> tuple[float, int]:
+    return -attempt.verdict.target_probability, attempt.key.attempt
 
 
 def _choice(attempts: Sequence[Attempt], best: Attempt, policy: Policy, dissimilarity: float) -> Choice:

@@ -8,9 +8,11 @@ much of the accuracy comes from the teacher. *Stored labels* are the teacher's d
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine import augmentation, workplan
+from engine.kernels import compile_fixed
 from engine.settings import RUNTIME, key
 from engine.student_networks import ARCHITECTURES, NORMS, build_network
 
 LABELS = ("hard", "teacher", "stored")
 SCHEDULES = ("cosine", "half_cosine", "multistep")
 _MILESTONES, _DECAY = (2 / 3, 5 / 6), 0.2  # of the schedule "multistep"
+_SCORED = 500  # images of a forward pass when a student is scored
 _LATE = 0.8  # part of the training after which a student may be scored more than once
 
 Teacher = Callable[[Tensor], Tensor]  # uint8 images (N, C, S, S) -> probabilities (N, classes)
@@ -55,6 +59,7 @@ class StudentConfig:
     scorings: int = key(
         1, "times that a student is scored in the last fifth of its training; the last is the end", low=1
     )
+    compile: bool = key(False, "torch.compile for training: a minute once in each process, then about twice as fast")
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", kind=RUNTIME, low=0)
 
     def count_steps(self, images: int) -> int:
@@ -127,6 +132,23 @@ def _loss(config: StudentConfig, logits: Tensor, targets: Tensor, mixed: tuple[T
     return share * loss + (1.0 - share) * functional.cross_entropy(logits, targets[partner])
 
 
+@functools.lru_cache(maxsize=4)
+def _compiled(architecture: str, shape: tuple[int, ...], device: str, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """Return a network and its compiled form; every student of a process takes them over, so one compile serves all."""
+    network = build_network(architecture, *shape, **options).to(device)
+    return network, compile_fixed(network)
+
+
+def _make_network(config: StudentConfig, channels: int, side: int, num_classes: int, device: str) -> nn.Module:
+    options: dict[str, Any] = {"width": config.width, "depth": config.depth, "norm": config.norm}
+    drawn = build_network(config.architecture, channels, side, num_classes, **options)
+    if not config.compile:
+        return drawn.to(device)
+    network, compiled = _compiled(config.architecture, (channels, side, num_classes), device, **options)
+    network.load_state_dict(drawn.state_dict())
+    return compiled.train()
+
+
 def _make_optimizer(config: StudentConfig, student: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(
@@ -150,16 +172,13 @@ def train_student(
 
     ``targets`` are labels (N,), or distributions (N, classes) where ``config.labels`` is "stored"; with "teacher" they
     are not looked at. ``on_scoring`` is called with the student in evaluation mode, last at the end. Raises ValueError
-    where ``config.labels`` wants a teacher and there is none.
+    where ``config.labels`` wants a teacher and there is none. With ``config.compile`` the next student of this process
+    takes the network over that is returned.
     """
     if config.labels == "teacher" and teacher is None:
         raise ValueError("student.labels: 'teacher' given; a teacher is needed")
     torch.manual_seed(seed)
-    student = build_network(
-        config.architecture, images.shape[1], images.shape[-1], num_classes,
-        width=config.width, depth=config.depth, norm=config.norm,
-    )  # fmt: skip
-    student.to(device)
+    student = _make_network(config, images.shape[1], images.shape[-1], num_classes, device)
     steps, batch = config.count_steps(len(images)), min(config.batch, len(images))
     optimizer = _make_optimizer(config, student)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(config.schedule, step, steps))
@@ -188,9 +207,11 @@ def train_student(
 def accuracy(student: nn.Module, normalise: Normalisation, images: np.ndarray, labels: np.ndarray) -> float:
     """Return the share in [0, 1] of uint8 images (N, C, S, S) that the student labels rightly."""
     device, right = next(student.parameters()).device, 0
-    for start in range(0, len(labels), 500):
-        logits = student(normalise.apply(torch.from_numpy(images[start : start + 500]).to(device)))
-        right += int((logits.argmax(1).cpu().numpy() == labels[start : start + 500]).sum())
+    for start in range(0, len(labels), _SCORED):
+        part = torch.from_numpy(images[start : start + _SCORED]).to(device)
+        padded = functional.pad(part, (0, 0) * 3 + (0, _SCORED - len(part)))  # one shape: one compile
+        found = student(normalise.apply(padded)).argmax(1)[: len(part)].cpu().numpy()
+        right += int((found == labels[start : start + _SCORED]).sum())
     return right / len(labels)
 
 

@@ -194,9 +194,18 @@ def test_every_kind_of_real_set_with_a_teacher_and_a_judge(tmp_path, monkeypatch
     assert capsys.readouterr().out == ""
 
 
+def test_sets_that_decide_have_more_students(tmp_path):
+    small = {"sets": ["a=random:2", "b=random:3"], "student": {"steps": 2, "width": 8}, "judge": {}}
+    table = compare(tmp_path, **small, students=3, other_students=1, deciding=["b"])
+    assert [np.shape(row["students"]) for row in table["rows"]] == [(2, 1), (2, 3)]
+    lines = evaluation.format_table(table).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [["| a", "20", "2 x 1"], ["| b", "30", "2 x 3"]]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"deciding": ["herds"]}, "deciding: 'herds' given; allowed: the names in 'sets': random real, herding, cover"),
         ({"teacher": {}}, "teacher.path: none given; a classifier trained on the original data is needed"),
         ({"student": {"labels": "stored"}}, "student.labels: 'stored' given, but set 'random real' has none"),
         ({"sets": ["a=herding:500"]}, "sets: herding:500 given; class 0 has 400 images"),

@@ -46,7 +46,8 @@ def calls(monkeypatch):
             folder = type(self._work)(command[command.index("--output") + 1])
             folder.mkdir(parents=True, exist_ok=True)
             rows = [
-                {"name": name, "images": 10, "mean": 0.5 + 0.1 * i, "interval": 0.01, "best_mean": 0.6,
+                {"name": name, "images": 10, "students": [[0.5]],
+                 "mean": 0.5 + 0.1 * i, "interval": 0.01, "best_mean": 0.6,
                  "best_interval": 0.02, "reference_minus_this": -0.1 * i, "difference_interval": 0.03}
                 for i, name in enumerate(("refined", "real"))
             ]  # fmt: skip

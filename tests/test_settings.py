@@ -178,6 +178,13 @@ def test_selection_cannot_ask_for_more_than_was_generated(policy):
     assert message.startswith("selection.threshold: 'class' given; allowed: fixed, because policy ")
 
 
+def test_covering_needs_features_of_real_images():
+    assert refusal("selection.rule=covering").startswith(
+        "selection.rule: 'covering' given; it needs prototypes.real_features above 0 when the run is created"
+    )
+    assert run_config("selection.rule=covering", "prototypes.real_features=9").prototypes.real_features == 9
+
+
 def test_policy_all_lifts_the_limits_of_selection():
     config = run_config("generation.policy=all", "selection.beta=0.95", "selection.top_k=7", "selection.slots=every")
     assert (config.beta, config.top_k) == (0.95, 7)
