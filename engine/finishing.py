@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.choices import ChoiceFile, Placed
 from engine.cluster import StopWatch
 from engine.config import RunConfig
@@ -221,7 +219,8 @@ class Finishing:
             units = sorted(by_class[class_index], key=lambda unit: unit.first_slot)
             slots = [attempts for unit in units for attempts in self._pool.read(unit)]
             owners = [unit.index for unit in units for _ in unit.slots]
-            real = self._real_features(class_index) if rule.kind == "covering" else None
+            covers = rule.kind == "covering"
+            real = read_prototypes(self._prototypes, class_index).real_features if covers else None
             kept = {unit.index: self._pool.kept(unit) for unit in units}  # None for what was never pruned
             for choice in choose_for_class(class_index, slots, policy, rule, real):
                 attempt = slots[choice.slot][choice.attempt]
@@ -229,11 +228,6 @@ class Finishing:
                 if left is not None and attempt.offset not in left:
                     raise self._pool.dropped(owners[choice.slot])
                 yield _place(choice, owners[choice.slot], attempt).encode()
-
-    def _real_features(self, class_index: int) -> np.ndarray:
-        found = read_prototypes(self._prototypes, class_index).real_features
-        assert found is not None  # the configuration was checked
-        return found
 
     def choices(self) -> ChoiceFile:
         """Open the choices of this selection; raises UsageError where they do not match their digest."""
