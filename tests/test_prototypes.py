@@ -7,7 +7,7 @@ import pytest
 import torch
 from real_images import idx_bytes
 
-from engine import workplan
+from engine import prototypes, workplan
 from engine.backends import open_backend
 from engine.config import DataConfig, GeneratorConfig, KernelConfig, PrototypeConfig
 from engine.prototype_files import publish_prototypes, read_prototypes
@@ -44,6 +44,20 @@ def changed(data, class_index, part, change, folder):
     (folder / "train-images-idx3-ubyte").write_bytes(idx_bytes(images[:, 0]))
     (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
     return open_data(DataConfig(path=str(folder)), "train", 32, 1)
+
+
+@pytest.mark.parametrize("k", [1, 12])
+def test_many_points_of_many_dimensions_are_clustered_as_well_in_their_leading_directions(data, k):
+    from sklearn.cluster import KMeans
+
+    points = data.load_all()[0][::4].reshape(-1, 1024).astype(np.float32) / 255.0
+    assert len(points) > 4 * prototypes._DIRECTIONS
+    centres, labels, inertia = cluster(points, k)
+    reference = KMeans(k, n_init=4, random_state=0).fit(points.astype(np.float64)).inertia_
+    assert inertia <= 1.005 * reference
+    distances = ((points[:, None].astype(np.float64) - centres.numpy()[None]) ** 2).sum(-1)
+    assert np.isclose(distances.min(1).sum(), inertia, rtol=1e-9)
+    assert (distances.argmin(1) == labels.numpy()).mean() > 0.999
 
 
 @pytest.mark.parametrize("k", [1, 10, 50])
