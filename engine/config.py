@@ -101,10 +101,16 @@ class SynthesisConfig:
 
     solver: str = key(
         "dpmpp_2m",
-        "update rule of the denoising loop: ddim, or dpmpp_2m (DPM-Solver++ 2M), of second order: fewer steps",
-        choices=("ddim", "dpmpp_2m"),
+        "update rule of the denoising loop: ddim; dpmpp_2m (DPM-Solver++ 2M), of second order: fewer steps; "
+        "euler_ancestral, stochastic, of SDXL-Turbo; lcm, stochastic, of latent consistency models",
+        choices=("ddim", "dpmpp_2m", "euler_ancestral", "lcm"),
     )
-    steps: int = key(20, "solver steps of the whole schedule", low=1, high=1000)
+    steps: int = key(
+        20,
+        "solver steps of the whole schedule, of which strength leaves a share; lcm runs all of them within that share",
+        low=1,
+        high=1000,
+    )
     strength: float = key(0.7, "share of the schedule that is run: 0 keeps the prototype", low=0.01, high=1.0)
     rows: int | str = key(
         64, "rows of every forward pass (B); auto probes what fits and pays when the run is created", low=2
@@ -261,7 +267,8 @@ def check_run(config: RunConfig) -> None:
         )
     if isinstance(config.synthesis.rows, str) and config.synthesis.rows != "auto":
         raise UsageError(f"synthesis.rows: {config.synthesis.rows!r} given; allowed: auto, or a number of at least 2")
-    if int(config.synthesis.steps * config.synthesis.strength) < 1:
+    # lcm runs every step, whatever the strength; its plan knows how many the model allows
+    if config.synthesis.solver != "lcm" and int(config.synthesis.steps * config.synthesis.strength) < 1:
         raise UsageError(
             f"synthesis.strength: {config.synthesis.strength} of {config.synthesis.steps} steps runs none; "
             "allowed: steps x strength at least 1"
