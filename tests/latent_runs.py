@@ -36,7 +36,8 @@ def keys(count):
 def denoise(backend, latents, *, scale, steps, strength, rows=5, from_noise=False, device="cpu", solver="ddim"):
     """Return the latents (N, C, H, W) that the engine makes of prototypes, packed into too few rows."""
     solver = SOLVERS[solver].plan(backend.schedule, steps, strength, from_noise=from_noise, device=device)
-    loop = DenoisingLoop(backend, backend.conditions(CLASSES), solver, Guidance(scale), rows=rows, seed=3)
+    guidance = Guidance(1.0 if backend.embeds_guidance else scale)
+    loop = DenoisingLoop(backend, backend.conditions(CLASSES, scale), solver, guidance, rows=rows, seed=3)
     for i, key in enumerate(keys(len(latents))):
         loop.submit(Job(i, key, latents[i]))
     done = {}
