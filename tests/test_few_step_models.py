@@ -116,7 +116,9 @@ def test_a_latent_consistency_model_agrees_with_its_stock_pipeline(lcm_folder, s
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(2, 0.5), (4, 0.5), (4, 1.0)])
-@pytest.mark.parametrize(("solver", "scheduler"), [("ddim", None), ("euler_ancestral", "EulerAncestralDiscreteScheduler")])
+@pytest.mark.parametrize(
+    ("solver", "scheduler"), [("ddim", None), ("euler_ancestral", "EulerAncestralDiscreteScheduler")]
+)
 def test_sd_turbo_agrees_with_the_stock_pipeline(turbo_folder, solver, scheduler, steps, strength, same_noise):
     """Trailing timesteps without guidance; ddim there is the Euler rule of the model's own configuration."""
     backend = open_folder(turbo_folder)
