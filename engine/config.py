@@ -50,7 +50,9 @@ class GeneratorConfig:
     prompt: str = key(
         "a photo of a {name}", "text condition of a class; {name}, {aliases} and {wnid} come from the class list"
     )
-    negative_prompt: str = key("", "text of the null condition of guidance")
+    negative_prompt: str = key(
+        "", "text of the null condition of guidance; empty: zeros where SDXL was trained with them"
+    )
     class_list: str = key("", "what the model's class indices mean, where its own configuration does not say")
     match: str = key(
         "order",
@@ -59,7 +61,11 @@ class GeneratorConfig:
     )
     precision: str = key("auto", "arithmetic of the denoising network; auto: fp16 on CUDA", choices=PRECISIONS)
     vae_batch: int = key(8, "images of every forward of the latent autoencoder", low=1)
-    vae_precision: str = key("auto", "arithmetic of the latent autoencoder; auto: fp16 on CUDA", choices=PRECISIONS)
+    vae_precision: str = key(
+        "auto",
+        "arithmetic of the latent autoencoder; auto: fp16 on CUDA, fp32 where SDXL's configuration asks for it",
+        choices=PRECISIONS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +127,11 @@ class SynthesisConfig:
 class GuidanceConfig:
     """Classifier-free guidance and the interval of noise levels in which it acts."""
 
-    scale: float = key(2.0, "guidance scale; 1 switches guidance off", low=1.0)
+    scale: float = key(
+        2.0,
+        "guidance scale; 1 switches guidance off; latent consistency models take it as an input, not as a second row",
+        low=1.0,
+    )
     start: float = key(0.0, "guidance acts where t/T is at least this", low=0.0, high=1.0)
     stop: float = key(1.0, "guidance acts where t/T is at most this", low=0.0, high=1.0)
 

@@ -12,6 +12,11 @@ from commands import ROOT, launch, python, sums
 from model_folders import clip_merges, save_dit, save_sdxl, save_stable_diffusion
 from PIL import Image
 
+from engine.cluster import World
+from engine.config import RunConfig
+from engine.preparation import load_models
+from engine.settings import apply_overrides, build, read_yaml
+
 KINDS = ("sd15", "dit_xl_2", "lcm_dreamshaper", "sdxl", "sdxl_turbo")
 FEW_STEPS = {"lcm_dreamshaper": 4, "sdxl_turbo": 3}  # the steps and rows of an image
 CLASSES = {"n01440764": "tench", "n02123045": "tabby cat", "n03445777": "golf ball"}
@@ -103,6 +108,15 @@ def kind(request):
     if request.param != "dit_xl_2" and clip_merges() is None:
         pytest.skip("open-clip-torch, for CLIP's merges, is absent")
     return request.param
+
+
+def test_a_start_warns_of_guidance_with_few_steps(inputs, capsys):
+    if clip_merges() is None:
+        pytest.skip("open-clip-torch, for CLIP's merges, is absent")
+    given = arguments(inputs, "sdxl_turbo", "unused", "guidance.scale=2.0", "kernels.compile=never")
+    tree = apply_overrides(read_yaml(given[1]), given[4:])
+    load_models(build(RunConfig, tree), World())
+    assert "warning: guidance.scale: 2.0 with 4 solver steps; models of few steps" in capsys.readouterr().err
 
 
 def test_rows_that_are_probed_are_recorded_and_obeyed(inputs, tmp_path):
