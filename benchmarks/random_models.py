@@ -2,6 +2,8 @@
 
     python benchmarks/random_models.py sd15 FOLDER                  # Stable Diffusion 1.5: 860 M parameters, 512 px
     python benchmarks/random_models.py dit_xl_2 FOLDER              # DiT-XL/2: 750 M parameters, 256 px, 1,000 classes
+    python benchmarks/random_models.py sdxl FOLDER                  # SDXL: 2.6 G parameters, 1024 px; sdxl_turbo: 512
+    python benchmarks/random_models.py lcm_dreamshaper FOLDER       # SD 1.5 that is told the guidance scale, 768 px
     python benchmarks/random_models.py sd15 FOLDER --configs-only   # enough for engine/distill.py --dry-run
     python benchmarks/random_models.py sd15 FOLDER --scale 8        # an eighth of the width, half the layers: for tests
 
@@ -24,6 +26,15 @@ import torch
 from engine.labels import read_class_list
 
 _CONV = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DModel", "vae": "AutoencoderKL"}
+# sides of the images that a checkpoint is made for, and what its scheduler says beside the betas
+_SIDES = {"sd15": 512, "dit_xl_2": 256, "lcm_dreamshaper": 768, "sdxl": 1024, "sdxl_turbo": 512}
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lcm_dreamshaper": ("LCMScheduler", {"original_inference_steps": 50, "clip_sample": False}),
+    "sdxl": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    "sdxl_turbo": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing", "steps_offset": 1}),
+}
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 _SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 
 
@@ -60,8 +71,26 @@ def architecture(kind: str, scale: int) -> dict[str, dict[str, Any]]:
             "attention_bias": True,
         }
         return {"transformer": transformer, "vae": vae_options(scale, 256)}
+    if kind.startswith("sdxl"):
+        unet = {
+            "sample_size": _SIDES[kind] // 8,
+            "block_out_channels": tuple(width // scale for width in (320, 640, 1280)),
+            "layers_per_block": layers(scale),
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+            "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+            "attention_head_dim": (5, 10, 20),  # of SD 1.x to SDXL: the number of heads
+            "transformer_layers_per_block": (1, 2, max(2, 10 // scale)),
+            "use_linear_projection": True,
+            "cross_attention_dim": 2048,
+            "norm_num_groups": 32 // min(scale, 8),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        }
+        own = {"scaling_factor": 0.13025, "force_upcast": True}
+        return {"unet": unet, "vae": {**vae_options(scale, 1024), **own}}
     unet = {
-        "sample_size": 64,
+        "sample_size": _SIDES[kind] // 8,
         "block_out_channels": tuple(width // scale for width in (320, 640, 1280, 1280)),
         "layers_per_block": layers(scale),
         "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
@@ -69,6 +98,7 @@ def architecture(kind: str, scale: int) -> dict[str, dict[str, Any]]:
         "attention_head_dim": max(1, 8 // scale),  # of SD 1.x: the number of heads
         "cross_attention_dim": 768,
         "norm_num_groups": 32 // min(scale, 8),
+        "time_cond_proj_dim": 256 if kind == "lcm_dreamshaper" else None,
     }
     return {"unet": unet, "vae": vae_options(scale, 512)}
 
@@ -101,47 +131,61 @@ def save(network: Any, folder: Path, configs_only: bool) -> None:
     network.to(torch.float16).save_pretrained(folder)
 
 
+def write_texts(kind: str, folder: Path, scale: int, configs_only: bool) -> dict[str, list[str]]:
+    """Write tokenizers and text encoders, two of them for SDXL; returns their entries of the model index."""
+    import transformers
+
+    encoders = {"": ("CLIPTextModel", _CLIP_L, 768)}
+    if kind.startswith("sdxl"):
+        encoders["_2"] = ("CLIPTextModelWithProjection", _CLIP_G, 1280)
+    parts = {}
+    for suffix, (name, options, projection) in encoders.items():
+        words = write_tokenizer(folder / f"tokenizer{suffix}")
+        config = transformers.CLIPTextConfig(
+            hidden_size=options["hidden_size"],
+            intermediate_size=options["intermediate_size"] // scale,
+            num_hidden_layers=max(2, options["num_hidden_layers"] // scale),
+            num_attention_heads=options["num_attention_heads"],
+            vocab_size=words,
+            bos_token_id=words - 2,
+            eos_token_id=words - 1,
+            projection_dim=projection,
+        )
+        with torch.device("meta" if configs_only else "cpu"):
+            save(getattr(transformers, name)(config), folder / f"text_encoder{suffix}", configs_only)
+        parts[f"text_encoder{suffix}"] = ["transformers", name]
+        parts[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+    return parts
+
+
 def write_model(kind: str, folder: Path, *, scale: int = 1, configs_only: bool = False) -> None:
     """Write every part of a model of ``kind`` to ``folder``."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    device = torch.device("meta" if configs_only else "cpu")
-    parts = {"scheduler": ["diffusers", "DDIMScheduler"]}
+    parts = {}
     for part, options in architecture(kind, scale).items():
-        with device:
+        with torch.device("meta" if configs_only else "cpu"):
             save(getattr(diffusers, _CONV[part])(**options), folder / part, configs_only)
         parts[part] = ["diffusers", _CONV[part]]
     schedule: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False}
     index: dict[str, Any] = {"_class_name": "DiTPipeline"}
+    scheduler, more = _SCHEDULERS.get(kind, ("DDIMScheduler", {"steps_offset": 1}))
     if kind == "dit_xl_2":
         index["id2label"] = dict(enumerate(read_class_list("imagenet1k").names))
     else:
-        schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-        words = write_tokenizer(folder / "tokenizer")
-        text = CLIPTextConfig(
-            hidden_size=768,
-            intermediate_size=3072 // scale,
-            num_hidden_layers=max(2, 12 // scale),
-            num_attention_heads=12,
-            vocab_size=words,
-            bos_token_id=words - 2,
-            eos_token_id=words - 1,
-            projection_dim=768,
-        )
-        with device:
-            save(CLIPTextModel(text), folder / "text_encoder", configs_only)
-        parts.update(text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"])
-        index = {"_class_name": "StableDiffusionPipeline"}
-    diffusers.DDIMScheduler(**schedule).save_pretrained(folder / "scheduler")
+        schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **more}
+        parts.update(write_texts(kind, folder, scale, configs_only))
+        index = {"_class_name": "StableDiffusionXLPipeline" if kind.startswith("sdxl") else "StableDiffusionPipeline"}
+    parts["scheduler"] = ["diffusers", scheduler]
+    getattr(diffusers, scheduler)(**schedule).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({**index, **parts}, indent=1) + "\n")
 
 
 def main() -> None:
     """Read the command line and write the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("sd15", "dit_xl_2"))
+    parser.add_argument("kind", choices=tuple(_SIDES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4, 8), help="divide the widths by this")
     parser.add_argument("--configs-only", action="store_true", help="write no weights")

@@ -50,7 +50,7 @@ class GeneratorConfig:
     prompt: str = key(
         "a photo of a {name}", "text condition of a class; {name}, {aliases} and {wnid} come from the class list"
     )
-    negative_prompt: str = key("", "text of the null condition of guidance")
+    negative_prompt: str = key("", "text of guidance's null condition; empty: zeros where SDXL was trained so")
     class_list: str = key("", "what the model's class indices mean, where its own configuration does not say")
     match: str = key(
         "order",
@@ -59,7 +59,9 @@ class GeneratorConfig:
     )
     precision: str = key("auto", "arithmetic of the denoising network; auto: fp16 on CUDA", choices=PRECISIONS)
     vae_batch: int = key(8, "images of every forward of the latent autoencoder", low=1)
-    vae_precision: str = key("auto", "arithmetic of the latent autoencoder; auto: fp16 on CUDA", choices=PRECISIONS)
+    vae_precision: str = key(
+        "auto", "the autoencoder's; auto: fp16 on CUDA, fp32 where SDXL says so", choices=PRECISIONS
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,10 +106,16 @@ class SynthesisConfig:
 
     solver: str = key(
         "dpmpp_2m",
-        "update rule of the denoising loop: ddim, or dpmpp_2m (DPM-Solver++ 2M), of second order: fewer steps",
-        choices=("ddim", "dpmpp_2m"),
+        "update rule of the denoising loop: ddim; dpmpp_2m (DPM-Solver++ 2M), of second order: fewer steps; "
+        "euler_ancestral, stochastic, of SDXL-Turbo; lcm, stochastic, of latent consistency models",
+        choices=("ddim", "dpmpp_2m", "euler_ancestral", "lcm"),
     )
-    steps: int = key(20, "solver steps of the whole schedule", low=1, high=1000)
+    steps: int = key(
+        20,
+        "solver steps of the whole schedule, of which strength leaves a share; lcm runs all of them within that share",
+        low=1,
+        high=1000,
+    )
     strength: float = key(0.7, "share of the schedule that is run: 0 keeps the prototype", low=0.01, high=1.0)
     rows: int | str = key(
         64, "rows of every forward pass (B); auto probes what fits and pays when the run is created", low=2
@@ -118,7 +126,11 @@ class SynthesisConfig:
 class GuidanceConfig:
     """Classifier-free guidance and the interval of noise levels in which it acts."""
 
-    scale: float = key(2.0, "guidance scale; 1 switches guidance off", low=1.0)
+    scale: float = key(
+        2.0,
+        "guidance scale; 1 switches guidance off; latent consistency models take it as an input, not as a second row",
+        low=1.0,
+    )
     start: float = key(0.0, "guidance acts where t/T is at least this", low=0.0, high=1.0)
     stop: float = key(1.0, "guidance acts where t/T is at most this", low=0.0, high=1.0)
 
@@ -143,20 +155,14 @@ class DetectorConfig:
     )
     precision: str = key("fp32", "arithmetic of the detector; auto: fp16 on CUDA", choices=PRECISIONS)
     batch: int = key(32, "images of every detector and decoder forward", low=1)
-    temperature: float = key(
-        1.0, "logits are divided by it before the softmax; training.json of train_detector.py says which calibrates",
-        low=0.01,
-    )  # fmt: skip
+    temperature: float = key(1.0, "divides the logits; training.json says which value calibrates", low=0.01)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SecondDetectorConfig:
     """Another classifier beside the detector, so that no image is chosen for one network's blind spots alone."""
 
-    path: str = key(
-        "", "image classifier: folder, hub id ORG/NAME, or embedded:NAME; p(x) is the mean of both; empty: none",
-        kind=RUNTIME,
-    )  # fmt: skip
+    path: str = key("", "as detector.path; p(x) is then the mean of both; empty: none", kind=RUNTIME)
     revision: str = key("", "as detector.revision", kind=RUNTIME)
     factory: str = key("", "as detector.factory")
     class_list: str = key("", "as detector.class_list")
@@ -300,7 +306,8 @@ def check_run(config: RunConfig) -> None:
         )
     if isinstance(config.synthesis.rows, str) and config.synthesis.rows != "auto":
         raise UsageError(f"synthesis.rows: {config.synthesis.rows!r} given; allowed: auto, or a number of at least 2")
-    if int(config.synthesis.steps * config.synthesis.strength) < 1:
+    # lcm runs every step, whatever the strength; its plan knows how many the model allows
+    if config.synthesis.solver != "lcm" and int(config.synthesis.steps * config.synthesis.strength) < 1:
         raise UsageError(
             f"synthesis.strength: {config.synthesis.strength} of {config.synthesis.steps} steps runs none; "
             "allowed: steps x strength at least 1"

@@ -30,6 +30,7 @@ from engine.machine import Machine, nearest_folder
 from engine.networks import find_factory, read_names, read_options
 from engine.preparation import (
     cost_of,
+    few_step_notes,
     fixed_decisions,
     listed_classes,
     make_plan,
@@ -47,7 +48,6 @@ from engine.soft_labels import check_soft_labels
 from engine.telemetry import format_bytes, format_seconds
 
 _PLACEHOLDER = (32, 3)  # side and channels of images where no generator says them: listing needs neither
-_PRECISION_KEYS = {"network": "precision", "vae": "vae_precision"}
 
 
 def read_config(findings: Findings, path: str, overrides: Iterable[str]) -> RunConfig | None:
@@ -205,11 +205,7 @@ class _RunCheck:
         if not self._shapes or not self._device:
             return
         with self._findings.guard("precision"):
-            keys = {part: _PRECISION_KEYS[part] for part in self._shapes.precision}
-            self._precision = {
-                part: resolve_precision(getattr(self._config.generator, key), self._device, f"generator.{key}")
-                for part, key in keys.items()
-            }
+            self._precision = self._shapes.precision_on(self._device)
             text = ", ".join(f"{part} in {precision}" for part, precision in self._precision.items())
             self._findings.ok("precision", f"generator: {text}")
         with self._findings.guard("precision"):
@@ -269,6 +265,8 @@ class _RunCheck:
                 self._findings.note("work", f"{text}; too much for this machine, which offers no GPU to the run")
             else:
                 self._findings.ok("work", text)
+            for text in few_step_notes(config, shapes):
+                self._findings.note("steps", text)
             self._look_at_disk(usual, cost_of(config, shapes, plan, work, 1.0))
             return seconds_of_run(config, shapes, plan, work) / max(self._world.size, config.runtime.processes)
         return 0.0

@@ -15,7 +15,7 @@ from engine.config import RunConfig
 from engine.labels import ClassList, match_classes
 from engine.model_files import find_model, without_weights
 from engine.networks import network_files, read_names
-from engine.preparation import cost_of, listed_classes, make_guidance, make_plan, make_solver
+from engine.preparation import cost_of, few_step_notes, listed_classes, make_guidance, make_plan, make_solver
 from engine.real_data import RealData, check_counts, open_data
 from engine.records import UsageError
 from engine.run_record import nested
@@ -73,14 +73,14 @@ def dry_run(config: RunConfig) -> None:
     if data is not None:
         images = sum(data.count(index) for index in range(len(classes)))
         print(f"prototypes: {images} real images to encode, {_flop(images * work.encode).strip()}FLOP")
-    for text in notes:
+    for text in (*notes, *few_step_notes(config, shapes)):
         print(f"note: {text}")
     print(f"nothing was written ({time.perf_counter() - begin:.1f} s)")
 
 
 def _plan_lines(config: RunConfig, shapes: Backend, plan: dict[str, int], work: estimate.Work) -> list[str]:
     solver = make_solver(config, shapes, "cpu")
-    cost = make_guidance(config).rows(solver)
+    cost = make_guidance(config, shapes).rows(solver)
     units = plan_units(plan["num_classes"], plan["images_per_class"], plan["unit_slots"])
     slots, rows = plan["num_classes"] * plan["images_per_class"], config.synthesis.rows
     assumed = _TYPICAL_ROWS if isinstance(rows, str) else rows

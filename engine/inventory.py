@@ -19,7 +19,7 @@ from engine.records import UsageError
 from engine.telemetry import format_bytes
 
 _WEIGHTS = (".safetensors", ".bin", ".pth")
-_TOKENIZER = "tokenizer/*"
+_TOKENIZERS = ("tokenizer/*", "tokenizer_2/*")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class WantedModel:
             _missing_weights(root / part, Path(patterns[0]).name, self._weights(root, part))
             for part, patterns in self._parts().items()
         ]
-        if _TOKENIZER in self.patterns:
-            faults.append(_missing_tokenizer(root / "tokenizer"))
+        faults += [_missing_tokenizer((root / name).parent) for name in _TOKENIZERS if name in self.patterns]
         return [fault for fault in faults if fault]
 
     def damaged(self, root: Path) -> list[str]:

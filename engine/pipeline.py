@@ -136,7 +136,7 @@ class Job:
     def _producer(self) -> tuple[Producer, DenoisingLoop, ImageMaker]:
         config, models = self._config, self._models
         solver, decisions = make_solver(config, models.backend, models.device), self._record.decisions
-        guidance, rows = make_guidance(config), int(decisions["rows"])
+        guidance, rows = make_guidance(config, models.backend), int(decisions["rows"])
         loop = DenoisingLoop(models.backend, models.conditions, solver, guidance, rows=rows, seed=config.seed)
         image_format = ImageFormat(decisions["image_size"], config.output.format, config.output.quality)
         vae_batch = config.generator.vae_batch

@@ -7,6 +7,7 @@ unit size) and creates ``run.json``; every other process, now or later, obeys wh
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from engine.labels import ClassList, read_class_list
 from engine.probing import forward_of, probe_rows, time_attention
 from engine.readers.naming import choose_classes
 from engine.real_data import RealData, check_counts, open_data
+from engine.records import UsageError
 from engine.run_record import RunRecord
 from engine.settings import flatten
 from engine.soft_labels import check_soft_labels, size_of_soft_label
@@ -33,6 +35,7 @@ from engine.synthesis import Guidance
 
 _WORTH_COMPILING = 600.0  # seconds of work left for a process; compiling three networks takes minutes
 _COMPILE_CACHE = "compile_cache"
+_FEW_STEPS = 8  # up to which models of few steps are made for
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ def load_models(config: RunConfig, world: World) -> Models:
     check_soft_labels(config.output.soft_labels, len(data.classes))
     side = config.output.size or backend.image_size
     detector, second_digest = open_detectors(config, data.classes, backend.channels, side, device)
-    conditions = backend.conditions(data.classes)
+    conditions = backend.conditions(data.classes, config.guidance.scale)
+    for text in few_step_notes(config, backend) if world.is_first else ():
+        print(f"warning: {text}", file=sys.stderr)
     judge = closing.open_judge(config, data, device)
     return Models(backend, conditions, detector, second_digest, data, device, judge)
 
@@ -104,9 +109,40 @@ def listed_classes(config: DataConfig) -> ClassList:
     return classes.take(choose_classes(classes, config.classes))
 
 
-def make_guidance(config: RunConfig) -> Guidance:
-    """Return the guidance of a run."""
-    return Guidance(config.guidance.scale, config.guidance.start, config.guidance.stop)
+def make_guidance(config: RunConfig, backend: Backend) -> Guidance:
+    """Return the guidance that takes rows of its own: none where the network is told the scale.
+
+    Raises UsageError where such a network would be guided in an interval.
+    """
+    options = config.guidance
+    if not backend.embeds_guidance:
+        return Guidance(options.scale, options.start, options.stop)
+    for name, value, free in (("start", options.start, 0.0), ("stop", options.stop, 1.0)):
+        if value != free:
+            raise UsageError(
+                f"guidance.{name}: {value} given; allowed: {free}, because this generator takes guidance.scale as an "
+                "input, in every step alike"
+            )
+    return Guidance(1.0)
+
+
+def few_step_notes(config: RunConfig, backend: Backend) -> list[str]:
+    """Return what is unusual about a schedule of few steps: that a model is made for one cannot always be told."""
+    solver, steps, notes = config.synthesis.solver, config.synthesis.steps, []
+    guided = make_guidance(config, backend).rows(make_solver(config, backend, "cpu")).max() > 1
+    if solver == "lcm" and steps > _FEW_STEPS:
+        notes.append(f"synthesis.steps: {steps} steps of lcm; latent consistency models are made for 1 to {_FEW_STEPS}")
+    if backend.embeds_guidance and solver != "lcm":
+        notes.append(
+            f"synthesis.solver: {solver} on a generator that takes the guidance scale as an input; those are mostly "
+            "latent consistency models, for which solver=lcm is meant"
+        )
+    if steps <= _FEW_STEPS and guided:
+        notes.append(
+            f"guidance.scale: {config.guidance.scale} with {steps} solver steps; models of few steps (Turbo, "
+            "Lightning, LCM adapters) are made for guidance.scale=1, and others need more steps"
+        )
+    return notes
 
 
 def make_solver(config: RunConfig, backend: Backend, device: str) -> Solver:
@@ -122,7 +158,7 @@ def make_plan(
     """Return how classes are cut into units."""
     unit_slots = config.generation.unit_slots or estimate.choose_unit_slots(
         config.prototypes.images_per_class,
-        int(make_guidance(config).rows(make_solver(config, backend, "cpu")).sum()),
+        int(make_guidance(config, backend).rows(make_solver(config, backend, "cpu")).sum()),
         work,
         config.generation.max_candidates,
         device,
@@ -137,7 +173,7 @@ def make_plan(
 
 def seconds_of_run(config: RunConfig, backend: Backend, plan: dict[str, int], work: estimate.Work) -> float:
     """Return the estimated time of the bases on one GPU: the least that the run takes."""
-    rows = int(make_guidance(config).rows(make_solver(config, backend, "cpu")).sum())
+    rows = int(make_guidance(config, backend).rows(make_solver(config, backend, "cpu")).sum())
     slots = plan["num_classes"] * plan["images_per_class"]
     return slots * (rows * work.row + work.decode) / estimate.SUSTAINED["H100"]
 
@@ -156,7 +192,7 @@ def cost_of(
         plan["num_classes"] * plan["images_per_class"],
         config.generation.max_candidates,
         1.0 if config.generation.policy == "all" else share,
-        rows_of_image=int(make_guidance(config).rows(make_solver(config, backend, "cpu")).sum()),
+        rows_of_image=int(make_guidance(config, backend).rows(make_solver(config, backend, "cpu")).sum()),
         work=work,
         image_bytes=estimate.bytes_of_image(side, backend.channels, config.output.format)
         + (size_of_soft_label(soft_labels) if soft_labels else 0),

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.backends.interface import Backend
 from engine.records import AttemptKey
 from engine.solvers import Solver
-from engine.workplan import start_noise
+from engine.workplan import start_noise, step_noise
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -155,6 +155,18 @@ class DenoisingLoop:
         partner[guided] = n + np.arange(len(guided))
         return np.stack([place, self._step[place], condition, partner])
 
+    def _fresh_noise(self, places: np.ndarray) -> Tensor | None:
+        """Return the noise (N, C, H, W) that each image's step adds, zeros in a last one; None where no step does."""
+        if not self._solver.is_stochastic:
+            return None
+        noise = np.zeros((len(places), *self._x.shape[1:]), np.float32)
+        for row, place in enumerate(places):
+            job, step = self._jobs[place], int(self._step[place])
+            assert job is not None  # places in flight hold a job
+            if step + 1 < self._solver.num_steps:
+                noise[row] = step_noise(self._seed, job.key, step, noise.shape[1:])
+        return self._send(torch.from_numpy(noise))
+
     @torch.inference_mode()
     def step(self) -> list[tuple[AttemptKey, Tensor]]:
         """Advance one full batch by one solver step; returns (key, latent (C, H, W)) of finished images."""
@@ -162,14 +174,15 @@ class DenoisingLoop:
             return []
         places = self._pack()
         n = len(places)
-        # one transfer a step: everything else already lies on the device
+        # one transfer a step and the noise of a stochastic solver: everything else already lies on the device
         place, step, condition, partner = self._send(torch.from_numpy(self._layout(places)))
         output = self._backend.predict(self._x[place], self._solver.timesteps[step], self._conditions[condition])
         base = output[partner[:n]]
         guided = base + self._scale * (output[:n] - base)
         place, step = place[:n], step[:n]
         before = None if self._x0 is None else self._x0[place]
-        self._x[place], x0 = self._solver.update(self._x[place], guided, step, before)
+        noise = self._fresh_noise(places)  # drawn while the device is at work on the network
+        self._x[place], x0 = self._solver.update(self._x[place], guided, step, before, noise)
         if self._x0 is not None:
             self._x0[place] = x0
         self._step[places] += 1

@@ -14,6 +14,7 @@ from engine.records import AttemptKey, Unit
 
 # First words of the generator key: one per purpose, so that no two purposes share a stream.
 START_NOISE, KMEANS_START, TRAINING_ORDER, TRAINING_NOISE, RANDOM_SUBSET = 1, 2, 3, 4, 5
+STEP_NOISE = 7  # what a stochastic solver adds after a step
 INVERSION = 8  # starting noise and augmentation of a batch of inverted images
 
 T = TypeVar("T", bound=Any)  # anything that can be sliced
@@ -52,6 +53,15 @@ def generator(seed: int, purpose: int, *counter: int) -> np.random.Generator:
 def start_noise(seed: int, key: AttemptKey, shape: tuple[int, ...]) -> np.ndarray:
     """Return the float32 standard normal noise, of the latent's shape (C, H, W), of one attempt."""
     stream = generator(seed, START_NOISE, key.class_index, key.slot, key.attempt)
+    return stream.standard_normal(shape, dtype=np.float32)
+
+
+def step_noise(seed: int, key: AttemptKey, step: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the float32 standard normal noise (C, H, W) that one attempt adds after solver step ``step``.
+
+    An attempt is below 2^32, so it shares a word of the counter with the step.
+    """
+    stream = generator(seed, STEP_NOISE, key.class_index, key.slot, step << 32 | key.attempt)
     return stream.standard_normal(shape, dtype=np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Small models with random weights in the layouts of Stable Diffusion and DiT, as diffusers saves them.
+"""Small models with random weights in the layouts of Stable Diffusion, SDXL and DiT, as diffusers saves them.
 
 The tokenizer is the real one of CLIP: its vocabulary is derived from the merge list that the package
 open-clip-torch ships, which is read from its wheel's files and never imported.
@@ -34,8 +34,8 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
-def save_tokenizer(folder: Path, merges: list[str]) -> None:
-    """Write vocab.json and merges.txt as transformers' CLIPTokenizer reads them."""
+def save_tokenizer(folder: Path, merges: list[str], pad: str = "<|endoftext|>") -> None:
+    """Write vocab.json and merges.txt as transformers' CLIPTokenizer reads them; SDXL's second one pads with "!"."""
     symbols = _byte_symbols()
     words = [*symbols, *(symbol + "</w>" for symbol in symbols), *(merge.replace(" ", "") for merge in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
@@ -43,9 +43,9 @@ def save_tokenizer(folder: Path, merges: list[str]) -> None:
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    options = {**special, "pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    options = {**special, "pad_token": pad, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
-    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": "<|endoftext|>"}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad}))
 
 
 def make_vae(latent_side: int):
@@ -65,10 +65,36 @@ def _index(name: str, parts: dict[str, list[str]], **more: object) -> bytes:
     return json.dumps({"_class_name": name, "_diffusers_version": "0.35.0", **parts, **more}).encode()
 
 
-def save_stable_diffusion(folder: Path, *, prediction: str = "epsilon", scheduler: str = "PNDMScheduler") -> Path:
-    """Write a Stable Diffusion of 32 x 32 pixels; as in the real ones, the scheduler's own class does not matter."""
+def make_text_encoder(width: int, *, projection: int = 0):
+    """Return CLIP's text model of that width, with a projection of the pooled text where SDXL has one."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    options = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=49408,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        **({"projection_dim": projection} if projection else {}),
+    )
+    return CLIPTextModelWithProjection(options) if projection else CLIPTextModel(options)
+
+
+def save_stable_diffusion(
+    folder: Path,
+    *,
+    prediction: str = "epsilon",
+    scheduler: str = "PNDMScheduler",
+    guidance_width: int | None = None,
+    **schedule: object,
+) -> Path:
+    """Write a Stable Diffusion of 32 x 32 pixels; as in the real ones, the scheduler's own class does not matter.
+
+    ``guidance_width``: of the embedded guidance scale, as in latent consistency models.
+    """
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
@@ -80,23 +106,15 @@ def save_stable_diffusion(folder: Path, *, prediction: str = "epsilon", schedule
         attention_head_dim=2,
         cross_attention_dim=_WIDTH,
         norm_num_groups=4,
+        time_cond_proj_dim=guidance_width,
     )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=_WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            vocab_size=49408,
-            bos_token_id=49406,
-            eos_token_id=49407,
-        )
-    )
+    text = make_text_encoder(_WIDTH)
     unet.save_pretrained(folder / "unet")
     make_vae(16).save_pretrained(folder / "vae")
     text.save_pretrained(folder / "text_encoder")
     save_tokenizer(folder / "tokenizer", clip_merges() or [])
-    getattr(diffusers, scheduler)(prediction_type=prediction, **SD_SCHEDULER).save_pretrained(folder / "scheduler")
+    options = {"prediction_type": prediction, **SD_SCHEDULER, **schedule}
+    getattr(diffusers, scheduler)(**options).save_pretrained(folder / "scheduler")
     parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -105,6 +123,58 @@ def save_stable_diffusion(folder: Path, *, prediction: str = "epsilon", schedule
         "scheduler": ["diffusers", scheduler],
     }
     (folder / "model_index.json").write_bytes(_index("StableDiffusionPipeline", parts))
+    return folder
+
+
+def save_sdxl(
+    folder: Path,
+    *,
+    scheduler: str = "EulerDiscreteScheduler",
+    guidance_width: int | None = None,
+    zeros_if_empty: bool = True,
+    **schedule: object,
+) -> Path:
+    """Write an SDXL of 32 x 32 pixels: two text encoders, added conditions, a scaling factor of its own."""
+    import diffusers
+
+    torch.manual_seed(0)
+    pooled, sizes = 12, 8  # width of the pooled text, and of each embedded number of the sizes
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=_WIDTH + 24,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=sizes,
+        projection_class_embeddings_input_dim=pooled + 6 * sizes,
+        time_cond_proj_dim=guidance_width,
+    )
+    unet.save_pretrained(folder / "unet")
+    vae = make_vae(16)
+    vae.register_to_config(scaling_factor=0.13025, force_upcast=True)
+    vae.save_pretrained(folder / "vae")
+    make_text_encoder(_WIDTH).save_pretrained(folder / "text_encoder")
+    make_text_encoder(24, projection=pooled).save_pretrained(folder / "text_encoder_2")
+    save_tokenizer(folder / "tokenizer", clip_merges() or [])
+    save_tokenizer(folder / "tokenizer_2", clip_merges() or [], pad="!")
+    getattr(diffusers, scheduler)(**SD_SCHEDULER, **schedule).save_pretrained(folder / "scheduler")
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler],
+    }
+    more = {"force_zeros_for_empty_prompt": zeros_if_empty}
+    (folder / "model_index.json").write_bytes(_index("StableDiffusionXLPipeline", parts, **more))
     return folder
 
 

@@ -35,7 +35,12 @@ def test_the_readme_names_every_benchmark():
 
 
 @pytest.mark.parametrize(
-    ("model", "backend", "shape"), [("sd15", "stable_diffusion", (4, 64, 64)), ("dit_xl_2", "dit", (4, 32, 32))]
+    ("model", "backend", "shape"),
+    [
+        ("sd15", "stable_diffusion", (4, 64, 64)),
+        ("dit_xl_2", "dit", (4, 32, 32)),
+        ("sdxl_turbo", "stable_diffusion_xl", (4, 64, 64)),
+    ],
 )
 def test_random_models_open(model, backend, shape, tmp_path):
     result = python("benchmarks/random_models.py", model, tmp_path / model, "--scale", "8")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from commands import QUICKSTART, retort
 from hub_cache import REVISION, add_to_cache
-from model_folders import save_dit, save_stable_diffusion
+from model_folders import save_dit, save_sdxl, save_stable_diffusion
 from PIL import Image
 
 from engine import cli, doctor, machine, model_files, networks, preparation
@@ -699,6 +699,16 @@ def test_weights_in_pieces(sd):
         shutil.copy(weights, weights.with_name(f"diffusion_pytorch_model-0000{index}-of-00003.safetensors"))
     weights.unlink()
     assert wanted(sd).missing(sd) == [f"{sd / 'vae'} holds 2 of the 3 pieces of its weights"]
+
+
+def test_the_second_tokenizer_of_sdxl_is_looked_for(tmp_path):
+    folder = save_sdxl(tmp_path / "sdxl")
+    assert wanted(folder, backend="stable_diffusion_xl").missing(folder) == []
+    (folder / "tokenizer_2" / "vocab.json").unlink()
+    (folder / "text_encoder_2" / "model.safetensors").unlink()
+    weights, tokenizer = wanted(folder, backend="stable_diffusion_xl").missing(folder)
+    assert weights.startswith(f"{folder / 'text_encoder_2'} holds no weights model.safetensors")
+    assert tokenizer == f"{folder / 'tokenizer_2'} holds no tokenizer.json, nor both vocab.json and merges.txt"
 
 
 def test_a_tokenizer_of_which_half_is_there(sd):

@@ -38,7 +38,10 @@ def refusal(capsys, *arguments, config=QUICKSTART):
         ("data.split=nothing", "holds no idx files of split 'nothing'"),
         ("generator.path=/nowhere", "generator.path: /nowhere: no such folder"),
         ("generator.path=embedded:judge", "holds no generator.json; a pixel_unet folder is needed"),
-        ("generator.backend=gan", "generator.backend: 'gan' given; allowed: dit, pixel_unet, stable_diffusion"),
+        (
+            "generator.backend=gan",
+            "generator.backend: 'gan' given; allowed: dit, pixel_unet, stable_diffusion, stable_diffusion_xl",
+        ),
         ("detector.path=/nowhere", "detector.path: /nowhere: no such folder"),
         ("detector.path=embedded:generator", "detector.path:"),
         (

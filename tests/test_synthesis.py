@@ -10,7 +10,7 @@ from engine.config import GeneratorConfig, KernelConfig
 from engine.records import AttemptKey
 from engine.solvers import SOLVERS
 from engine.synthesis import DenoisingLoop, Guidance, Job
-from engine.workplan import start_noise
+from engine.workplan import start_noise, step_noise
 
 ROWS = 12
 
@@ -108,7 +108,8 @@ def test_the_loop_equals_a_plain_one_image_loop(backend, device, scale, start, s
                 if scale != 1.0 and start <= float(t) / 1000 <= stop:
                     base = backend.predict(x, t, torch.tensor([null], device=device))
                     output = base + scale * (output - base)
-            x, before = solver.update(x, output, torch.tensor([step], device=device), before)
+            fresh = torch.from_numpy(step_noise(7, one.key, step, (4, 16, 16))).to(device)[None]
+            x, before = solver.update(x, output, torch.tensor([step], device=device), before, fresh)
         torch.testing.assert_close(done[one.key], x[0].cpu(), rtol=1e-3, atol=1e-3)
 
 

@@ -12,6 +12,7 @@ BACKENDS = {
     "dit": "engine.backends.dit:DiT",
     "pixel_unet": "engine.backends.pixel_unet:PixelUNet",
     "stable_diffusion": "engine.backends.stable_diffusion:StableDiffusion",
+    "stable_diffusion_xl": "engine.backends.stable_diffusion_xl:StableDiffusionXL",
 }
 
 

@@ -48,7 +48,7 @@ class DiT(LatentDiffusion):
         """Load a DiT folder or hub repository."""
         return cls(config, kernels, ModelFolder.find(config, cls.files(config), device))
 
-    def conditions(self, classes: ClassList) -> Tensor:
+    def conditions(self, classes: ClassList, scale: float = 1.0) -> Tensor:
         """Return the model's index of every class, then the null class: (classes + 1,) int64."""
         if self._config.class_list:
             names: tuple[str, ...] = read_class_list(self._config.class_list, "generator.class_list").names

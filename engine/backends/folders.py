@@ -85,6 +85,14 @@ class ModelFolder:
         schedule = Schedule.read(self.root / _SCHEDULER)
         return Schedule({**schedule.config, **fixed})
 
+    def options(self, part: str) -> dict[str, Any]:
+        """Return what the configuration file of a part says; raises UsageError where it cannot be read."""
+        path = self.root / part / "config.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"generator.path: {path} cannot be read: {error}") from None
+
     def load(self, model_class: Any, part: str, dtype: torch.dtype) -> Any:
         """Load a diffusers model from its folder; on "meta" its shapes alone, in float32.
 

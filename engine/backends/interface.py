@@ -27,6 +27,7 @@ class Backend(Protocol):
     digest: str  # sha256 over configuration and weights
     network: nn.Module  # the denoising network
     precision: dict[str, str]  # of "network" and, where there is one, "vae": fp32, bf16 or fp16
+    embeds_guidance: bool  # the network is told the guidance scale, and needs no second row
 
     @classmethod
     def files(cls, config: GeneratorConfig) -> tuple[str, ...]:
@@ -38,9 +39,14 @@ class Backend(Protocol):
         """Load the model; raises UsageError where it cannot be used."""
         ...
 
-    def conditions(self, classes: ClassList) -> Tensor:
+    def precision_on(self, device: str) -> dict[str, str]:
+        """Return what :attr:`precision` is on a device; raises UsageError where it cannot be had there."""
+        ...
+
+    def conditions(self, classes: ClassList, scale: float = 1.0) -> Tensor:
         """Return one condition a class, the null condition of guidance last: (classes + 1, ...).
 
+        The guidance ``scale`` is a part of them where the model :attr:`embeds_guidance`, and not read elsewhere.
         Raises UsageError where the model does not know a class or a class has no prompt.
         """
         ...

@@ -87,14 +87,13 @@ class LatentDiffusion:
     See :class:`engine.backends.interface.Backend` for every member.
     """
 
+    embeds_guidance = False
+
     def __init__(
         self, config: GeneratorConfig, kernels: KernelConfig, folder: ModelFolder, part: str, network_class: Any
     ) -> None:
         self._config, self._folder, self._device = config, folder, folder.device
-        self.precision = {
-            "network": resolve_precision(config.precision, folder.device, "generator.precision"),
-            "vae": resolve_precision(config.vae_precision, folder.device, "generator.vae_precision"),
-        }
+        self.precision = self.precision_on(folder.device)
         self.dtype = torch.float32 if folder.device == "meta" else DTYPES[self.precision["network"]]
         self._vae = LatentAutoencoder(folder, self.precision["vae"], kernels)
         self.network: Any = folder.load(network_class, part, self.dtype)
@@ -108,6 +107,19 @@ class LatentDiffusion:
         self._layout = torch.channels_last if kernels.channels_last else torch.contiguous_format
         to_device(self.network, folder.device, channels_last=kernels.channels_last)
         self._forward = self.network
+
+    def precision_on(self, device: str) -> dict[str, str]:
+        """Return the arithmetic of network and autoencoder on a device; raises UsageError where it cannot be had."""
+        config = self._config
+        vae = "fp32" if self._upcasts_vae() and config.vae_precision == "auto" else config.vae_precision
+        return {
+            "network": resolve_precision(config.precision, device, "generator.precision"),
+            "vae": resolve_precision(vae, device, "generator.vae_precision"),
+        }
+
+    def _upcasts_vae(self) -> bool:
+        """Tell whether "auto" is float32 for the autoencoder, because it overflows in half precision."""
+        return False
 
     def _set_size(self, side: int) -> None:
         """Fix the image size from the latent side."""

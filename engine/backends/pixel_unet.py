@@ -81,6 +81,8 @@ def save(folder: Path, unet: Any, model: PixelModel) -> None:
 class PixelUNet:
     """The adapter; see :class:`engine.backends.interface.Backend` for every member."""
 
+    embeds_guidance = False
+
     def __init__(self, config: GeneratorConfig, kernels: KernelConfig, folder: ModelFolder) -> None:
         from diffusers import UNet2DModel
 
@@ -89,7 +91,8 @@ class PixelUNet:
             raise UsageError(
                 f"generator.image_size: {config.image_size} given; this pixel U-Net generates {model.image_size} alone"
             )
-        self.precision = {"network": resolve_precision(config.precision, folder.device, "generator.precision")}
+        self._wanted_precision = config.precision
+        self.precision = self.precision_on(folder.device)
         self._dtype = torch.float32 if folder.device == "meta" else DTYPES[self.precision["network"]]
         self.schedule = folder.schedule()
         self.network: Any = folder.load(UNet2DModel, _UNET, self._dtype)
@@ -112,7 +115,11 @@ class PixelUNet:
         """Load from a folder written by :func:`save`; raises UsageError where it cannot be used."""
         return cls(config, kernels, ModelFolder.find(config, cls.files(config), device))
 
-    def conditions(self, classes: ClassList) -> Tensor:
+    def precision_on(self, device: str) -> dict[str, str]:
+        """Return the arithmetic of the network on a device; raises UsageError where it cannot be had there."""
+        return {"network": resolve_precision(self._wanted_precision, device, "generator.precision")}
+
+    def conditions(self, classes: ClassList, scale: float = 1.0) -> Tensor:
         """Return the model's index of every class, then the null class: (classes + 1,) int64."""
         names = self._model.class_names
         indices = match_classes(classes, names, how=self._match, key="generator", what="the generator")
