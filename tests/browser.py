@@ -170,7 +170,9 @@ def main() -> None:
     with Browser(command) as browser:
         browser.open(arguments.page, width=arguments.width, height=arguments.height, dark=arguments.dark)
         if arguments.at:
-            browser.evaluate(f"document.querySelector({json.dumps(arguments.at)}).scrollIntoView()")
+            browser.evaluate(
+                f"document.querySelector({json.dumps(arguments.at)}).scrollIntoView({{behavior: 'instant'}})"
+            )
             browser.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         if arguments.full:
             height = min(16000, browser.evaluate("document.documentElement.scrollHeight"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,12 @@ class Evidence:
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (R,) their classes
     heat: dict[Slot, np.ndarray] = field(default_factory=dict)  # (2, h, w) uint8: base, chosen
     reasons: dict[str, str] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)  # missing parts that no model and no data will give
 
     @property
     def is_whole(self) -> bool:
-        """True where no part is missing."""
-        return not self.reasons
+        """True where no part is missing that could be had."""
+        return self.reasons.keys() <= self.settled
 
 
 def nothing(reason: str) -> Evidence:
@@ -93,6 +94,7 @@ def save_evidence(folder: Path, binding: str, found: Evidence) -> None:
         "format": _FORMAT,
         "binding": binding,
         "reasons": found.reasons,
+        "settled": sorted(found.settled),
         "explained": list(found.plane.explained) if found.plane else [0.0, 0.0],
     }
     replace_bytes(folder / FILE, format_safetensors(tensors, {"evidence": json.dumps(content, sort_keys=True)}))
@@ -134,6 +136,7 @@ def _build(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> Evidence:
             for slot, maps in zip(tensors["heat_slots"], tensors.get("heat", ()), strict=True)
         },
         reasons=dict(content["reasons"]),
+        settled=set(content["settled"]),
     )
 
 
@@ -157,14 +160,14 @@ def collect(asked: Asked, before: Evidence, open_sources: Callable[[], Sources])
     if before.is_whole:
         return before
     sources = open_sources()
-    found = Evidence(before.nearest, before.plane, before.points, before.labels, before.heat, dict(before.reasons))
+    found = replace(before, reasons=dict(before.reasons), settled=set(before.settled))
     steps: dict[str, Callable[[Asked, Sources, Evidence], str]] = {
         NEAREST: _add_nearest,
         PLANE: _add_plane,
         GRADCAM: _add_heat,
     }
     for part, step in steps.items():
-        if part in before.reasons:
+        if part in before.reasons and part not in before.settled:
             reason = step(asked, sources, found)
             found.reasons.pop(part)
             if reason:
@@ -236,6 +239,7 @@ def _refined(views: list[SlotView]) -> list[SlotView]:
 def _add_heat(asked: Asked, sources: Sources, found: Evidence) -> str:
     views = _refined(asked.views)
     if not views:
+        found.settled.add(GRADCAM)
         return "no base was replaced, so there is nothing to compare"
     if sources.classifier is None:
         return sources.no_classifier
@@ -257,6 +261,7 @@ def _add_heat(asked: Asked, sources: Sources, found: Evidence) -> str:
     try:
         maps = GradCam(sources.classifier, images[0]).maps(np.stack(images), labels)
     except NoSpatialLayer as error:
+        found.settled.add(GRADCAM)
         return str(error)
     bytes_of = (maps * 255).round().astype(np.uint8)
     found.heat = {slot: bytes_of[2 * i : 2 * i + 2] for i, slot in enumerate(slots)}

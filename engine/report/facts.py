@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -65,8 +66,9 @@ class Tally:
     refined: int = 0
     unqualified: int = 0
     probability: float = 0.0  # sum of p(y) of the chosen images
+    base_probability: float = 0.0  # sum of p(y) of the bases
     dissimilarities: list[float] = field(default_factory=list)  # of each class: mean to the nearest of the chosen
-    judged: dict[str, float] = field(default_factory=dict)  # of its summary.json
+    judged: dict[str, float] = field(default_factory=dict)  # its summary.json, empty where there is none
 
     def add(self, choice: Choice) -> None:
         """Count one slot."""
@@ -76,6 +78,7 @@ class Tally:
         self.refined += choice.attempt > 0
         self.unqualified += not choice.qualified
         self.probability += choice.chosen.target_probability
+        self.base_probability += choice.base.target_probability
 
     @property
     def diversity(self) -> float | None:
@@ -98,7 +101,16 @@ class Facts:
     made: int  # images made in all
     failed: int
     has_pool: bool
+    mistakes: Counter[tuple[int, int]]  # (class, class that the detector saw) of bases with another label
     unread: list[str]  # other selections that cannot be read, and why
+
+
+def in_turns(classes: Sequence[ClassView]) -> list[SlotView]:
+    """Return the slots to show: a first one of every class, those with most flags first, then a second one, ..."""
+    order = sorted(classes, key=lambda view: (-view.share, view.index))
+    rounds = max((len(view.views) for view in order), default=0)
+    turns = [view.views[turn] for turn in range(rounds) for view in order if turn < len(view.views)]
+    return turns[:_SLOTS_SHOWN]
 
 
 def gather(folder: Path, record: RunRecord, config: RunConfig, finishing: Finishing, stop: StopWatch) -> Facts:
@@ -137,6 +149,7 @@ class _Pass:
             made=0,
             failed=0,
             has_pool=self._pool.exists(),
+            mistakes=Counter(),
             unread=self._unread,
         )
 
@@ -185,6 +198,8 @@ class _Pass:
             found.flagged += flagged
             found.refined += choice.attempt > 0
             found.unqualified += not choice.qualified
+            if flagged and not choice.base.failed and choice.base.predicted != index:
+                self._facts.mistakes[index, choice.base.predicted] += 1
             _count(self._facts.before, index, choice.base)
             _count(self._facts.after, index, choice.chosen)
             attempts = slots[choice.slot][: choice.attempts_considered] if slots else []
@@ -204,8 +219,9 @@ class _Selection:
         self.tally = Tally(config.selection.name, selection_settings(config), config.beta)
         summary = finishing.report_folder / "summary.json"
         if summary.exists():
-            content = read_json(summary, "run --stage report again")
-            self.tally.judged = {key: value for key, value in content.items() if isinstance(value, int | float)}
+            content = read_json(summary, "move it away and run --stage report again")
+            figures = content.items() if isinstance(content, dict) else ()
+            self.tally.judged = {key: value for key, value in figures if isinstance(value, int | float)}
         self._choices: Iterator[Placed] = iter(finishing.choices())
 
     def take(self, count: int, slots: list[list[Attempt]]) -> list[Placed]:

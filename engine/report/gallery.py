@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from engine.records import Attempt, UsageError
 from engine.report.evidence import Evidence
-from engine.report.facts import ClassView, SlotView
+from engine.report.facts import ClassView, SlotView, in_turns
 from engine.report.thumbnails import address, shrink
 
-PICTURE_BYTES = 14_000_000  # of the page, for pictures of classes
+_PAGE, _ROW, _LEAST = 17_000_000, 450, 2_000_000  # bytes: of all classes with pictures, of one without, of pictures
 _AT_ONCE, _ATTEMPTS, _OPEN, _FIRST, _THREADS = 32, 10, 3, 12, 4
 
 
@@ -41,15 +41,15 @@ class Gallery:
     slots: int
 
 
+def picture_budget(classes: int) -> int:
+    """Return how many bytes of page the pictures of ``classes`` classes may take; the page stays below 20 MB."""
+    return max(_LEAST, _PAGE - _ROW * classes)
+
+
 def draw_gallery(classes: Sequence[ClassView], evidence: Evidence, pictures: Pictures, budget: int) -> Gallery:
     """Return the classes, those with most flags first, with as many slots as ``budget`` bytes of page allow."""
     order = sorted(classes, key=lambda view: (-view.share, view.index))
-    turns = [
-        view.views[turn]
-        for turn in range(max((len(view.views) for view in order), default=0))
-        for view in order
-        if turn < len(view.views)
-    ]
+    turns = in_turns(classes)
     drawn: dict[int, list[str]] = {view.index: [] for view in order}
     spent = shown = 0
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -72,7 +72,8 @@ def draw_gallery(classes: Sequence[ClassView], evidence: Evidence, pictures: Pic
         else ""
     )
     slots = sum(view.slots for view in classes)
-    return Gallery(f'<div id="classes">{first}{more}</div>', sum(map(bool, drawn.values())), shown, slots)
+    heads = '<div class="columns"><span>class</span><span></span><span>flagged</span><span>none passed</span></div>'
+    return Gallery(f'<div id="classes">{heads}{first}{more}</div>', sum(map(bool, drawn.values())), shown, slots)
 
 
 def _draw(

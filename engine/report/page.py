@@ -29,8 +29,8 @@ from engine.report.evidence import (
     nothing,
     save_evidence,
 )
-from engine.report.facts import Facts, SlotView, Tally, gather
-from engine.report.gallery import PICTURE_BYTES, Pictures, draw_gallery
+from engine.report.facts import Facts, SlotView, Tally, gather, in_turns
+from engine.report.gallery import Pictures, draw_gallery, picture_budget
 from engine.report.history import read_history
 from engine.report.sources import open_sources
 from engine.report.study import study
@@ -83,7 +83,7 @@ class ReportPage:
         """
         facts = gather(self._folder, self._record, self._config, self._finishing, self._stop)
         evidence = self._evidence(facts, sources)
-        text = self._html(facts, evidence, figures or facts.tally.judged or count_figures(facts.tally))
+        text = self._html(facts, evidence, figures or {**count_figures(facts.tally), **facts.tally.judged})
         replace_bytes(self.path, text.encode())
         return evidence
 
@@ -107,7 +107,7 @@ class ReportPage:
         asked = Asked(
             prototypes=self._folder / "prototypes",
             classes=len(facts.classes),
-            views=[view for part in facts.classes for view in part.views],
+            views=in_turns(facts.classes),
             side=self._side,
             read_image=self._read_image,
             check=self._stop.check,
@@ -131,7 +131,7 @@ class ReportPage:
         record, names = self._record, self._record.class_names
         history = read_history(self._folder / "logs")
         pictures = Pictures(self._read_image, self._side, names, self._config.beta, self._stop.check)
-        gallery = draw_gallery(facts.classes, evidence, pictures, PICTURE_BYTES)
+        gallery = draw_gallery(facts.classes, evidence, pictures, picture_budget(len(names)))
         told = f"{gallery.slots_shown:,} of {gallery.slots:,} slots"
         if gallery.slots_shown < gallery.slots:
             told += f", of {gallery.classes_shown:,} of {len(names):,} classes; replaced and flagged ones first"
@@ -143,7 +143,7 @@ class ReportPage:
             "images": f'<p class="tool" hidden><input id="filter" type="search" placeholder="Find a class" '
             f'aria-label="Find a class"></p>{sections.note(told)}{gallery.html}',
             "gradcam": sections.heat(facts, evidence, self._read_if_there, names),
-            "flags": sections.flags(facts.classes),
+            "flags": sections.flags(facts, names),
             "confidence": sections.confidence(facts, self._config.beta),
             "map": sections.feature_map(facts, evidence, names),
             "study": study(facts),
@@ -160,12 +160,15 @@ class ReportPage:
     def _head(self) -> str:
         config, record = self._config, self._record.config
         parts = [
-            f"{record['data.format']} data {record['data.path']}",
-            f"generator {record['generator.path']}",
-            f"detector {record['detector.path']}",
+            *(f"{kind} {_last_name(record[f'{kind}.path'])}" for kind in ("data", "generator", "detector")),
             f"selection {config.selection.name}: β {config.beta:g}, top {config.top_k}, rule {config.selection.rule}",
         ]
         return " · ".join(parts)
+
+
+def _last_name(path: str) -> str:
+    """Return what a model or data set is called: the last folder of its path, or the name behind ``embedded:``."""
+    return Path(path.rpartition(":")[2]).name or path
 
 
 _INTRODUCTIONS = {

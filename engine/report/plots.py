@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH = 360
@@ -143,21 +143,23 @@ def strip(flagged: Sequence[float], unresolved: Sequence[float], described: str)
     return figure(parts, axes.height, described)
 
 
-def bars(rows: Sequence[tuple[str, float, float]], described: str) -> str:
-    """Draw named horizontal bars: (name, flagged share, unresolved share), shares in [0, 1]."""
-    step, left, top = 20, 122, max([*(row[1] for row in rows), 0.05])
+def bars(
+    rows: Sequence[tuple[str, float, float]], described: str, write: Callable[[float], str], *, least: float, left: int
+) -> str:
+    """Draw named horizontal bars: (name, whole, part of it); the longest, or ``least``, fills the width."""
+    step, top = 20, max([*(row[1] for row in rows), least])
     width = WIDTH - left - 46
     parts = []
     for index, (name, flagged, unresolved) in enumerate(rows):
         y = index * step
-        short = name if len(name) <= 18 else name[:17] + "…"
+        fitting = (left - 8) // 6
+        short = name if len(name) <= fitting else name[: fitting - 1] + "…"
         parts.append(f'<text class="name" x="{left - 8}" y="{y + 14}" text-anchor="end">{html.escape(short)}</text>')
-        parts.append(f'<rect class="track" x="{left}" y="{y + 5}" width="{width}" height="11" rx="2"/>')
         for share, kind in ((flagged, "warn"), (unresolved, "bad")):
             if share:
                 wide = f"{share / top * width:.1f}"
                 parts.append(f'<rect class="{kind}" x="{left}" y="{y + 5}" width="{wide}" height="11" rx="2"/>')
-        parts.append(f'<text x="{WIDTH - 2}" y="{y + 14}" text-anchor="end">{100 * flagged:.1f} %</text>')
+        parts.append(f'<text x="{WIDTH - 2}" y="{y + 14}" text-anchor="end">{write(flagged)}</text>')
     return figure(parts, len(rows) * step + 4, described)
 
 
@@ -242,8 +244,9 @@ def scatter(
         f'<text class="label" transform="translate(12 {(axes.top + bottom) / 2}) rotate(-90)" text-anchor="middle">'
         f"component 2 ({100 * explained[1]:.0f} %)</text>"
     )
-    for kind, group, size in (("real", real, 4), ("made", made, 5.5)):
+    sizes = (4.0, 5.5) if len(points) <= 1500 else (3.0, 3.5)
+    for kind, group, size in (("real", real, sizes[0]), ("made", made, sizes[1])):
         for index, places in sorted(group.items()):
             colour, path = f"s{index}" if coloured else "any", dots(places, axes)
-            parts.append(f'<path class="dot {kind} {colour}" data-class="{index}" stroke-width="{size}" d="{path}"/>')
+            parts.append(f'<path class="dot {kind} {colour}" data-class="{index}" stroke-width="{size:g}" d="{path}"/>')
     return figure(parts, axes.height, described)

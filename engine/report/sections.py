@@ -12,7 +12,7 @@ import numpy as np
 from engine import __version__
 from engine.report import plots
 from engine.report.evidence import GRADCAM, PLANE, Evidence
-from engine.report.facts import ClassView, Facts, SlotView
+from engine.report.facts import Facts, SlotView
 from engine.report.history import History, rates_of
 from engine.report.projection import Projection
 from engine.report.thumbnails import address, overlay
@@ -67,6 +67,9 @@ def summary(facts: Facts, figures: Mapping[str, Any], history: History) -> str:
         tiles.append(
             tile.replace("<div>", f'<div data-figure="judge_accuracy_on_real_images" data-value="{real!r}">', 1)
         )
+    else:
+        before, after = facts.tally.base_probability / images, facts.tally.probability / images
+        tiles.append(_tile("mean p(y)", f"{before:.3f}<i>→</i>{after:.3f}", "bases, chosen images"))
     if history.occupancy is not None:
         tiles.append(_tile("rows at work", f"{100 * history.occupancy:.0f} %", "of all forwards"))
     seconds = max(history.stages.get("synthesize", [0.0]))
@@ -104,35 +107,39 @@ def heat(
                 f"<figure><div>{images}</div><figcaption>{role} <b>{verdict.target_probability:.2f}</b>{seen}"
                 "</figcaption></figure>"
             )
-        title = f"{html.escape(names[slot[0]])} <small>slot {slot[1]}</small>"
+        passed = "" if choice.qualified else ' <span class="bad">none passed</span>'
+        title = f"{html.escape(names[slot[0]])} <small>slot {slot[1]}, attempt {choice.attempt}</small>{passed}"
         parts.append(f'<article><h3>{title}</h3><div class="pair">{"".join(cells)}</div></article>')
     return f'<div class="heat">{"".join(parts)}</div>'
 
 
-def flags(classes: Sequence[ClassView]) -> str:
+def flags(facts: Facts, names: Sequence[str]) -> str:
     """Return the plot of flagged slots by class: each class by name, or all in one strip and the worst by name."""
-    order = sorted(classes, key=lambda view: (-view.share, view.index))
-
-    def rows(part: Sequence[ClassView]) -> list[tuple[str, float, float]]:
-        return [(view.name, view.share, view.unqualified / max(1, view.slots)) for view in part]
-
+    order = sorted(facts.classes, key=lambda view: (-view.share, view.index))
+    rows = [(view.name, view.share, view.unqualified / max(1, view.slots)) for view in order]
     legend = '<ul class="legend"><li><i class="warn"></i>flagged</li><li><i class="bad"></i>none passed</li></ul>'
+
+    def by_name(part: Sequence[tuple[str, float, float]]) -> str:
+        return plots.bars(part, "share of flagged slots by class", lambda x: f"{100 * x:.1f} %", least=0.05, left=122)
+
+    figures, told = [], ""
     if len(order) <= _NAMED:
-        drawn = plots.bars(rows(order), "share of flagged slots of every class")
-        return f'<div class="plots"><figure>{drawn}{legend}</figure></div>'
-    everything = rows(order)
-    strip = plots.strip(
-        [row[1] for row in everything],
-        sorted((row[2] for row in everything), reverse=True),
-        f"share of flagged slots of {len(order)} classes, sorted",
-    )
-    clean = sum(view.flagged == 0 for view in order)
-    told = f"{clean:,} of {len(order):,} classes have no flagged slot." if clean else "Every class has a flagged slot."
-    worst = plots.bars(rows(order[:10]), "the ten classes with most flags")
-    return (
-        f'<div class="plots"><figure><figcaption>all classes</figcaption>{strip}{legend}</figure>'
-        f"<figure><figcaption>most flags</figcaption>{worst}</figure></div>{note(told)}"
-    )
+        figures.append(f"<figure><figcaption>by class</figcaption>{by_name(rows)}{legend}</figure>")
+    else:
+        unresolved = sorted((row[2] for row in rows), reverse=True)
+        drawn = plots.strip([row[1] for row in rows], unresolved, f"share of flagged slots of {len(rows)} classes")
+        clean = sum(view.flagged == 0 for view in order)
+        told = note(f"{clean:,} of {len(order):,} classes have no flagged slot.")
+        figures.append(f"<figure><figcaption>all classes</figcaption>{drawn}{legend}{told}</figure>")
+        figures.append(f"<figure><figcaption>most flags</figcaption>{by_name(rows[:10])}</figure>")
+    if facts.mistakes:
+        worst = sorted(facts.mistakes.items(), key=lambda item: (-item[1], item[0]))[:10]
+        taken = [(f"{names[own]} → {names[seen]}", float(count), 0.0) for (own, seen), count in worst]
+        drawn = plots.bars(
+            taken, "labels that the detector gave bases instead", lambda x: f"{x:,.0f}", least=1, left=186
+        )
+        figures.append(f"<figure><figcaption>bases taken for another class</figcaption>{drawn}</figure>")
+    return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def confidence(facts: Facts, beta: float) -> str:
@@ -171,7 +178,7 @@ def feature_map(facts: Facts, evidence: Evidence, names: Sequence[str]) -> str:
             for i in sorted(made, key=lambda i: names[i].lower())
         )
         legend = (
-            '<ul class="legend"><li><i class="real"></i>real</li><li><i class="s0"></i>distilled</li></ul>'
+            '<ul class="legend"><li><i class="real"></i>real</li><li><i class="s1"></i>distilled</li></ul>'
             f'<p class="tool" hidden><label>One class <select id="one"><option value="">all</option>{options}'
             "</select></label></p>"
         )
@@ -182,7 +189,7 @@ def feature_map(facts: Facts, evidence: Evidence, names: Sequence[str]) -> str:
         )
     else:
         told = f"Distilled images alone, on axes fitted to them: {evidence.reasons.get(PLANE, 'no real images')}."
-    return f'<figure class="map">{drawn}{legend}</figure>{note(told)}'
+    return f'<figure class="map">{drawn}<div>{legend}</div></figure>{note(told)}'
 
 
 def _by_class(points: np.ndarray, labels: np.ndarray) -> dict[int, list[tuple[float, float]]]:
@@ -202,10 +209,10 @@ def time(history: History, facts: Facts) -> str:
         rows.append(
             f'<tr><th>{html.escape(name)}</th><td><span class="meter">'
             f'<i style="width:{100 * max(seconds) / longest:.3g}%"></i></span></td>'
-            f"<td>{format_seconds(max(seconds))}</td><td>{format_seconds(sum(seconds))}</td>"
+            f"<td>{_seconds(max(seconds))}</td><td>{_seconds(sum(seconds))}</td>"
             f"<td>{len(seconds):,}</td></tr>"
         )
-    head = "<tr><th>stage</th><th></th><th>longest</th><th>all processes</th><th>processes</th></tr>"
+    head = "<tr><th>stage</th><th></th><th>longest</th><th>sum</th><th>processes</th></tr>"
     table = f'<div data-scrolls class="scrolls"><table class="numbers">{head}{"".join(rows)}</table></div>'
     figures = []
     rates = rates_of(history, facts.unit_images)
@@ -217,6 +224,14 @@ def time(history: History, facts: Facts) -> str:
         figures.append(f"<figure><figcaption>images/s over time</figcaption>{drawn}{note(text)}</figure>")
     figures.append(f"<figure><figcaption>by stage</figcaption>{table}{_loop(history)}</figure>")
     return f'<div class="plots wide">{"".join(figures)}</div>'
+
+
+def _starts(count: int) -> str:
+    return "one process was started" if count == 1 else f"processes were started {count:,} times"
+
+
+def _seconds(seconds: float) -> str:
+    return format_seconds(seconds) if seconds >= 10 else f"{seconds:.2f} s"
 
 
 def _loop(history: History) -> str:
@@ -237,7 +252,7 @@ def _loop(history: History) -> str:
     if history.first:
         began = datetime.fromtimestamp(history.first, UTC).strftime("%Y-%m-%d %H:%M UTC")
         devices = ", ".join(sorted(filter(None, history.devices)))
-        parts.append(f"Begun {began}; {history.starts:,} starts of processes" + (f" on {devices}." if devices else "."))
+        parts.append(f"Begun {began}; {_starts(history.starts)}" + (f" on {devices}." if devices else "."))
     return note(" ".join(parts)) if parts else ""
 
 

@@ -46,7 +46,7 @@ def _plot(title: str, key: str, groups: dict[str, list[Tally]], measure: _Measur
         points = [(float(t.settings[key]), value) for t in part if (value := measure(t)) is not None]
         if len(points) > 1:
             series[name] = points
-    if not series:
+    if all(value == line[0][1] for line in series.values() for _, value in line):  # it does not depend on this key
         return ""
     label = key.removeprefix("selection.")
     drawn = plots.lines(series, x_label=label, shares=shares, described=f"{title} by {label}", lowest=0.0)
