@@ -37,7 +37,7 @@ def find_chromium() -> str | None:
 class Browser:
     """One browser process with one page; ``events`` holds what it told since the last :meth:`open`."""
 
-    def __init__(self, command: str, timeout: float = 60.0) -> None:
+    def __init__(self, command: str, timeout: float = 240.0) -> None:
         self._timeout, self._number, self._buffer = timeout, 0, b""
         self.events: list[dict[str, Any]] = []
         self._profile = tempfile.TemporaryDirectory(prefix="retort-browser-", ignore_cleanup_errors=True)
@@ -109,24 +109,27 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def open(self, page: Path, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
-        """Load a file at a window size and colour scheme; returns once everything in it is loaded."""
+    def look_as(self, width: int, height: int = 800, *, dark: bool = False) -> None:
+        """Give the window a size and a colour scheme, and wait until the page is laid out for them."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        mobile = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=2 if mobile else 1,
-            mobile=mobile,
-        )
+        size = {"width": width, "height": height, "mobile": width < 600, "deviceScaleFactor": 2 if width < 600 else 1}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the frame after the next."""
+        self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def open(self, page: Path, *, width: int = 1280, height: int = 800, dark: bool = False) -> None:
+        """Load a file at a window size and colour scheme; returns once everything in it is loaded."""
+        self.look_as(width, height, dark=dark)
         self.events.clear()
         self.call("Page.navigate", url=page.resolve().as_uri())
         deadline = time.monotonic() + self._timeout
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(deadline))
-        self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.settle()
 
     def complaints(self) -> list[str]:
         """Return errors, warnings and exceptions that the page caused, and what it asked a network for."""
@@ -173,7 +176,7 @@ def main() -> None:
             browser.evaluate(
                 f"document.querySelector({json.dumps(arguments.at)}).scrollIntoView({{behavior: 'instant'}})"
             )
-            browser.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+            browser.settle()
         if arguments.full:
             height = min(16000, browser.evaluate("document.documentElement.scrollHeight"))
             browser.open(arguments.page, width=arguments.width, height=height, dark=arguments.dark)

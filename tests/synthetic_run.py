@@ -1,6 +1,6 @@
 """A finished run of many classes, made up without a generator: pool, selection, shards, logs, and real images if asked.
 
-``python -m tests.synthetic_run RUN [--classes 1000] [--slots 2] [--models FOLDER]`` writes one to look at its report.
+``python tests/synthetic_run.py RUN [--classes 1000] [--slots 2] [--models FOLDER]`` writes one to look at its report.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from builders import finish, make_config, make_record, simulate_generation
 from PIL import Image
 
 from engine import imaging
@@ -21,7 +22,6 @@ from engine.prototype_files import Prototypes, publish_prototypes
 from engine.publish import canonical_json, publish_bytes
 from engine.records import AttemptKey, Verdict
 from engine.run_record import FORMAT, RUN_FILE, RunRecord
-from tests.builders import finish, make_config, make_record, simulate_generation
 
 _FEATURES, _BEGUN = 16, 1_800_000_000.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -117,5 +118,5 @@ def rates_of(history: History, images: Mapping[int, int]) -> Rates | None:
     width = last / bins
     counts = [0] * bins
     for time, count in ends:
-        counts[min(bins - 1, int(placed[time] / width))] += count
+        counts[min(bins - 1, max(0, math.ceil(placed[time] / width) - 1))] += count  # a bin holds its right end
     return Rates(width, [count / width for count in counts], [pause for pause in pauses if pause[0] < last])

@@ -110,6 +110,8 @@ def heat(
         passed = "" if choice.qualified else ' <span class="bad">none passed</span>'
         title = f"{html.escape(names[slot[0]])} <small>slot {slot[1]}, attempt {choice.attempt}</small>{passed}"
         parts.append(f'<article><h3>{title}</h3><div class="pair">{"".join(cells)}</div></article>')
+    if not parts:
+        return note("No Grad-CAM: the images of replaced bases were dropped by retort prune.")
     return f'<div class="heat">{"".join(parts)}</div>'
 
 
