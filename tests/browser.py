@@ -23,8 +23,13 @@ _LOOKS = """({
     width: document.documentElement.clientWidth,
     content: document.documentElement.scrollWidth,
     wide: [...document.querySelectorAll("body *")].filter((e) => {
+        if (!e.checkVisibility({contentVisibilityAuto: true})) return false;  // asking for its box would lay it out
         const box = e.getBoundingClientRect();
-        return box.width && box.right > document.documentElement.clientWidth + 1 && !e.closest("[data-scrolls]");
+        if (!box.width || box.right <= document.documentElement.clientWidth + 1) return false;
+        for (let p = e.parentElement; p; p = p.parentElement) {
+            if (getComputedStyle(p).overflowX !== "visible") return false;  // cut off, or scrolled inside
+        }
+        return true;
     }).slice(0, 5).map((e) => e.outerHTML.slice(0, 120)),
 })"""
 

@@ -76,7 +76,7 @@ def nothing(reason: str) -> Evidence:
 
 def save_evidence(folder: Path, binding: str, found: Evidence) -> None:
     """Write the parts to ``folder``; ``binding`` names the selection that they belong to."""
-    slots, heated = sorted(found.nearest), sorted(found.heat)
+    slots, heated = sorted(found.nearest), list(found.heat)  # the latter in the order of the page
     blobs = [found.nearest[slot] for slot in slots]
     tensors: dict[str, np.ndarray] = {
         "nearest_slots": np.array(slots, np.int32).reshape(-1, 2),

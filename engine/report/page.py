@@ -100,7 +100,7 @@ class ReportPage:
         folder = self.path.parent
         binding = f"{self._record.digest()} {self._finishing.read_complete()['choices_sha256']}"
         before = load_evidence(folder, binding)
-        found = before or nothing("they were left out (--no-models)")
+        found = before or nothing("left out (--no-models)")
         folder.mkdir(parents=True, exist_ok=True)
         if sources is None:
             return found
@@ -198,6 +198,6 @@ def _document(title: str, head: str, tiles: str, bodies: Mapping[str, str], kind
         '<meta name="color-scheme" content="light dark">'
         f"<title>{html.escape(title)} · Retort</title><style>{style}</style></head><body class='{kind}'>"
         f'<header><p class="brand">Retort</p><h1>{html.escape(title)}</h1><p class="intro">{html.escape(head)}</p>'
-        f'{tiles}</header><nav data-scrolls aria-label="Sections">{links}</nav><main>{parts}</main>'
+        f'{tiles}</header><nav aria-label="Sections">{links}</nav><main>{parts}</main>'
         f"<script>{script}</script></body></html>\n"
     )

@@ -215,7 +215,7 @@ def time(history: History, facts: Facts) -> str:
             f"<td>{len(seconds):,}</td></tr>"
         )
     head = "<tr><th>stage</th><th></th><th>longest</th><th>sum</th><th>processes</th></tr>"
-    table = f'<div data-scrolls class="scrolls"><table class="numbers">{head}{"".join(rows)}</table></div>'
+    table = f'<div class="scrolls"><table class="numbers">{head}{"".join(rows)}</table></div>'
     figures = []
     rates = rates_of(history, facts.unit_images)
     if rates:

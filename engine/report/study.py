@@ -90,4 +90,4 @@ def _table(tallies: Sequence[Tally], keys: Sequence[str]) -> str:
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div data-scrolls class="scrolls"><table class="numbers">{body}</table></div>'
+    return f'<div class="scrolls"><table class="numbers">{body}</table></div>'
