@@ -39,6 +39,7 @@ from engine.run_record import RunRecord
 from engine.settings import build, flatten
 
 PAGE = "index.html"
+_NAMED = ("data", "generator", "detector")
 _TINY = 64  # pixels of a side up to which pixels are shown as they are
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _SECTIONS = (
@@ -160,7 +161,7 @@ class ReportPage:
     def _head(self) -> str:
         config, record = self._config, self._record.config
         parts = [
-            *(f"{kind} {_last_name(record[f'{kind}.path'])}" for kind in ("data", "generator", "detector")),
+            *(f"{kind} {name}" for kind in _NAMED if (name := _last_name(record[f"{kind}.path"])) != kind),
             f"selection {config.selection.name}: β {config.beta:g}, top {config.top_k}, rule {config.selection.rule}",
         ]
         return " · ".join(parts)
