@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["engine", "engine.*"]),
-    package_data={"engine": ["embedded/**/*"]},
+    package_data={"engine": ["embedded/**/*"], "engine.report": ["*.css", "*.js"]},
     install_requires=[
         "torch>=2.10,<2.14",
         "accelerate>=1.10",

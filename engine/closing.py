@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,15 @@ class ClosingReport:
         self._bases = [finishing.base_of(placed) for placed in self._placed]
         self.sheet_path = finishing.report_folder / "contact_sheet.png"
 
-    def write(self) -> list[str]:
-        """Write contact sheet and summary.json; returns the lines that sum the run up."""
+    def write(self, make_page: Callable[[Mapping[str, Any]], object]) -> list[str]:
+        """Write contact sheet and summary.json; returns the lines that sum the run up.
+
+        ``make_page`` is given the figures before summary.json is written, which tells that the report is complete.
+        """
         self.sheet_path.parent.mkdir(exist_ok=True)
         draw_contact_sheet(self.sheet_path, list(self._rows()), self._title())
         figures = self.figures()
+        make_page(figures)
         replace_bytes(self.sheet_path.parent / "summary.json", canonical_json(figures))
         lines = [
             f"{figures['images']} images chosen from {figures['attempts']} attempts; {figures['flagged']} bases were "

@@ -163,6 +163,16 @@ class Classifier:
             self._judgement.kept = torch.tensor(kept, device=self._device)
         self.class_names = classes.names
 
+    @property
+    def judgement(self) -> _Judgement:
+        """The module itself, never compiled: what Grad-CAM looks into."""
+        return self._judgement
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
     def compile(self) -> None:
         """Compile preprocessing, network and softmax as one graph for the fixed shape of the next call."""
         self._forward = compile_fixed(self._whole)

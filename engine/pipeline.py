@@ -31,6 +31,8 @@ from engine.prototype_files import count_skipped, prototype_work, publish_protot
 from engine.prototypes import make_prototypes
 from engine.records import Unit, UsageError
 from engine.refinement import policy_of
+from engine.report.evidence import Sources
+from engine.report.page import ReportPage
 from engine.run_record import RunRecord, run_folder
 from engine.stages import STAGES
 from engine.synthesis import DenoisingLoop
@@ -233,15 +235,19 @@ class Job:
             self.finishing.select()
 
     def write_report(self) -> None:
-        """Write the contact sheet and the summary and print what came out, or wait for the process that does."""
+        """Write page, contact sheet and summary and print what came out, or wait for the process that does."""
         made: list[str] = []
 
         def write(_: int) -> None:
             models = self._models
             inputs = closing.ReportInputs(models.data, models.backend.channels, models.judge)
             report = closing.ClosingReport(self._folder, self._record, self._config, inputs, self.finishing)
-            made.extend([*report.write(), *self._own_work(), f"shards:        {self.finishing.shards_folder}"])
+            page = ReportPage(self._folder, self._record, self._config, self.finishing, self._stop)
+            sources = Sources(models.data, models.detector)
+            lines = report.write(lambda figures: page.write(figures, lambda: sources))
+            made.extend([*lines, *self._own_work(), f"shards:        {self.finishing.shards_folder}"])
             made.append(f"contact sheet: {report.sheet_path}")
+            made.append(f"report:        {page.path}")
 
         self._leases.work_off(self.finishing.report_work(), write, self._stop)
         if not made and self._world.is_first:

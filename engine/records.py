@@ -89,16 +89,21 @@ class Choice:
     """The outcome of selection for one slot (step 4 of the method).
 
     ``dissimilarity`` is the cosine dissimilarity in [0, 2] to the reference set at the moment of
-    choice, and 0.0 where there was nothing to compare with (bases, fallbacks, empty sets). ``flagged``: the base did
-    not pass; ``qualified``: the chosen image does.
+    choice, and 0.0 where there was nothing to compare with (bases, fallbacks, empty sets). ``beta`` is the
+    confidence below which an image of this class was flagged; ``qualified``: the chosen image passes.
     """
 
     class_index: int
     slot: int
     attempt: int
-    flagged: bool
+    beta: float
     qualified: bool
     dissimilarity: float
     attempts_considered: int
     base: Verdict
     chosen: Verdict
+
+    @property
+    def flagged(self) -> bool:
+        """True where the base does not pass."""
+        return not self.base.passes(self.class_index, self.beta)

@@ -1,4 +1,7 @@
-"""``retort status``, ``verify``, ``repair`` and ``prune``: arguments, and what is printed. None of them needs torch."""
+"""``retort status``, ``verify``, ``repair``, ``prune`` and ``report``: arguments, and what is printed.
+
+None of them needs torch; ``report`` uses it where it is there and something that needs it is missing.
+"""
 
 from __future__ import annotations
 
@@ -78,13 +81,42 @@ def prune(arguments: argparse.Namespace) -> int:
     return COMPLETE
 
 
+def report(arguments: argparse.Namespace) -> int:
+    """Make the page of a finished selection anew and tell what is missing on it."""
+    from engine.cluster import StopWatch
+    from engine.finishing import Finishing, selections_of
+    from engine.leases import Leases
+    from engine.records import UsageError
+    from engine.report.page import ReportPage
+    from engine.run_record import read_record
+
+    folder = Path(arguments.run)
+    record = read_record(folder)
+    configs = dict(selections_of(folder, record))
+    if arguments.name not in configs:
+        raise UsageError(
+            f"--name: {arguments.name!r} given; the selections of this run: {', '.join(configs) or 'none so far'}"
+        )
+    config = configs[arguments.name]
+    stop = StopWatch()
+    stop.listen()
+    finishing = Finishing(folder, record, config, Leases(folder, config.runtime), stop)
+    page = ReportPage(folder, record, config, finishing, stop)
+    found = page.write(None, None if arguments.no_models else page.reopen_sources)
+    for part, reason in found.reasons.items():
+        print(f"without {part}: {reason}")
+    print(f"report: {page.path}")
+    return COMPLETE
+
+
 def add_commands(commands: Any) -> None:
-    """Add the four commands to the subparsers of ``retort``."""
+    """Add the commands to the subparsers of ``retort``."""
     texts = {
         "status": (status, "how far a run is, who works on it, when it will be done"),
         "verify": (verify, "hash everything that a run holds again; exit status 1 where something is faulty"),
         "repair": (repair, "move what is faulty to RUN/quarantine, so that the same command makes it again"),
         "prune": (prune, "drop the images of the pool that no selection uses; verdicts and features stay"),
+        "report": (report, "make the page RUN/report/index.html of a finished selection anew"),
     }
     parsers = {}
     for name, (work, text) in texts.items():
@@ -97,6 +129,9 @@ def add_commands(commands: Any) -> None:
     add("--exit-code", action="store_true", help="exit status 0 where the run is complete, 75 where it is not")
     add("--json", action="store_true", help="one line of JSON")
     parsers["verify"].add_argument("--selection", default="", metavar="NAME", help="of the selections only this one")
+    add = parsers["report"].add_argument
+    add("--name", default="default", help="of which selection; default: the run's own")
+    add("--no-models", action="store_true", help="leave out what needs the detector or real images and is not kept")
     parsers["prune"].add_argument("--dry-run", action="store_true", help="say how many bytes it would free")
     parsers["prune"].add_argument("--keep-bases", action="store_true", help="keep the base image of every slot")
 

@@ -178,7 +178,7 @@ def _choice(attempts: Sequence[Attempt], best: Attempt, policy: Policy, dissimil
         class_index=class_index,
         slot=best.key.slot,
         attempt=best.key.attempt,
-        flagged=not attempts[0].verdict.passes(class_index, policy.beta),
+        beta=policy.beta,
         qualified=best.verdict.passes(class_index, policy.beta),
         dissimilarity=dissimilarity,
         attempts_considered=len(attempts),

@@ -183,7 +183,7 @@ def test_the_card_carries_the_class_names(finished, record):
     ["it's", '"quoted"', "a/b\\c", "yes", "null", "7", "a: b #c", "- x", "{y}", "%", "é ü 猫", "'", " pad ", "---"],
 )
 def test_the_card_survives_awkward_class_names(name):
-    choice = Choice(0, 0, 0, False, True, 0.0, 1, Verdict(0, 1.0, 1.0), Verdict(0, 1.0, 1.0))
+    choice = Choice(0, 0, 0, 0.5, True, 0.0, 1, Verdict(0, 1.0, 1.0), Verdict(0, 1.0, 1.0))
     card = data_card("Title", ShardSet((name, "other"), ("", ""), "png", 0, "g", "d"), [choice], {})
     features = yaml.safe_load(card.decode().partition("---\n")[2].partition("\n---\n\n")[0])["dataset_info"]["features"]
     assert features[1]["dtype"]["class_label"]["names"] == {"0": name, "1": "other"}

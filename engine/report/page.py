@@ -1,0 +1,206 @@
+"""The page: read, completed by what models and data tell, written and published in one piece.
+
+It replaces the page that was there. Nothing else of a run changes but the evidence file beside it, and both may be
+removed at any time: ``retort report RUN`` makes them again.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from engine.cluster import StopWatch
+from engine.config import RunConfig
+from engine.finishing import Finishing, open_pool, selection_settings
+from engine.publish import replace_bytes
+from engine.records import UsageError
+from engine.report import sections
+from engine.report.evidence import (
+    NEAREST,
+    Asked,
+    Evidence,
+    Sources,
+    channels_of,
+    collect,
+    load_evidence,
+    nothing,
+    save_evidence,
+)
+from engine.report.facts import Facts, SlotView, Tally, gather, in_turns
+from engine.report.gallery import Pictures, draw_gallery, picture_budget
+from engine.report.history import read_history
+from engine.report.sources import open_sources
+from engine.report.study import study
+from engine.report.thumbnails import side_for
+from engine.run_record import RunRecord
+from engine.settings import build, flatten
+
+PAGE = "index.html"
+_NAMED = ("data", "generator", "detector")
+_TINY = 64  # pixels of a side up to which pixels are shown as they are
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_SECTIONS = (
+    ("images", "Images"),
+    ("gradcam", "Grad-CAM"),
+    ("flags", "Flags"),
+    ("confidence", "Confidence"),
+    ("map", "Features"),
+    ("study", "Selections"),
+    ("time", "Time"),
+    ("provenance", "Provenance"),
+)
+
+
+def count_figures(tally: Tally) -> dict[str, Any]:
+    """Return the counts of ``summary.json`` for a selection that has none so far; the judge's figures need models."""
+    return {
+        "attempts": tally.attempts,
+        "flagged": tally.flagged,
+        "images": tally.images,
+        "unqualified": tally.unqualified,
+    }
+
+
+class ReportPage:
+    """The page of one finished selection."""
+
+    def __init__(
+        self, folder: Path, record: RunRecord, config: RunConfig, finishing: Finishing, stop: StopWatch
+    ) -> None:
+        self._folder, self._record, self._config = folder, record, config
+        self._finishing, self._stop = finishing, stop
+        self._pool = open_pool(folder, record)
+        self._side = side_for(len(record.class_names))
+        self.path = finishing.report_folder / PAGE
+
+    def write(self, figures: Mapping[str, Any] | None, sources: Callable[[], Sources] | None) -> Evidence:
+        """Publish the page; returns what it has of models and data.
+
+        ``figures`` are those of summary.json, None where there is none. ``sources`` opens data and detector where
+        something of them is missing; None leaves them alone.
+        """
+        facts = gather(self._folder, self._record, self._config, self._finishing, self._stop)
+        evidence = self._evidence(facts, sources)
+        text = self._html(facts, evidence, figures or {**count_figures(facts.tally), **facts.tally.judged})
+        replace_bytes(self.path, text.encode())
+        return evidence
+
+    def reopen_sources(self) -> Sources:
+        """Open data and detector as the run's configuration names them."""
+        channels = 3
+        for placed in self._finishing.choices():
+            if placed.size:
+                channels = channels_of(self._finishing.read_image(placed))
+                break
+        return open_sources(self._record, self._config, channels)
+
+    def _evidence(self, facts: Facts, sources: Callable[[], Sources] | None) -> Evidence:
+        folder = self.path.parent
+        binding = f"{self._record.digest()} {self._finishing.read_complete()['choices_sha256']}"
+        before = load_evidence(folder, binding)
+        found = before or nothing("left out (--no-models)")
+        folder.mkdir(parents=True, exist_ok=True)
+        if sources is None:
+            return found
+        asked = Asked(
+            prototypes=self._folder / "prototypes",
+            classes=len(facts.classes),
+            views=in_turns(facts.classes),
+            side=self._side,
+            read_image=self._read_image,
+            check=self._stop.check,
+        )
+        after = collect(asked, found, sources)
+        if after is not before:
+            save_evidence(folder, binding, after)
+        return after
+
+    def _read_image(self, view: SlotView, attempt: int) -> bytes:
+        image = view.attempts[attempt]
+        return self._pool.read_image(view.unit, image.offset, image.size, image.sha256)
+
+    def _read_if_there(self, view: SlotView, attempt: int) -> bytes | None:
+        try:
+            return self._read_image(view, attempt) if view.attempts[attempt].size else None
+        except UsageError:  # dropped by pruning
+            return None
+
+    def _html(self, facts: Facts, evidence: Evidence, figures: Mapping[str, Any]) -> str:
+        record, names = self._record, self._record.class_names
+        history = read_history(self._folder / "logs")
+        pictures = Pictures(self._read_image, self._side, names, self._stop.check)
+        gallery = draw_gallery(facts.classes, evidence, pictures, picture_budget(len(names)))
+        told = f"{gallery.slots_shown:,} of {gallery.slots:,} slots"
+        if gallery.slots_shown < gallery.slots:
+            told += f", of {gallery.classes_shown:,} of {len(names):,} classes; replaced and flagged ones first"
+        told += ". Numbers are p(y), the detector's probability of the class; a frame marks the chosen image."
+        if NEAREST in evidence.reasons:
+            told += f" No real images: {evidence.reasons[NEAREST]}."
+        defaults = flatten(build(RunConfig, {}))
+        bodies = {
+            "images": f'<p class="tool" hidden><input id="filter" type="search" placeholder="Find a class" '
+            f'aria-label="Find a class"></p>{sections.note(told)}{gallery.html}',
+            "gradcam": sections.heat(facts, evidence, self._read_if_there, names),
+            "flags": sections.flags(facts, names),
+            "confidence": sections.confidence(
+                facts, self._config.beta if self._config.selection.threshold == "fixed" else None
+            ),
+            "map": sections.feature_map(facts, evidence, names),
+            "study": study(facts),
+            "time": sections.time(history, facts),
+            "provenance": sections.provenance(record, selection_settings(self._config), defaults),
+        }
+        kind = "tiny" if int(record.decisions["image_size"]) <= _TINY else ""
+        return _document(self._title(), self._head(), sections.summary(facts, figures, history), bodies, kind)
+
+    def _title(self) -> str:
+        plan = self._record.plan
+        return f"{plan['num_classes']:,} classes × {plan['images_per_class']:,} images"
+
+    def _head(self) -> str:
+        config, record = self._config, self._record.config
+        parts = [
+            *(f"{kind} {name}" for kind in _NAMED if (name := _last_name(record[f"{kind}.path"])) != kind),
+            f"selection {config.selection.name}: β {config.beta:g}, top {config.top_k}, rule {config.selection.rule}",
+        ]
+        return " · ".join(parts)
+
+
+def _last_name(path: str) -> str:
+    """Return what a model or data set is called: the last folder of its path, or the name behind ``embedded:``."""
+    return Path(path.rpartition(":")[2]).name or path
+
+
+_INTRODUCTIONS = {
+    "images": "Nearest real image, base, attempts and the chosen one, slot by slot; classes with most flags first.",
+    "gradcam": "What speaks for the class, to the detector: bases that were flagged, and what replaced them.",
+    "flags": "Slots whose base the detector gave another label, or its own with too little confidence.",
+    "confidence": "Of the detector, on the base of every slot and on the image that was chosen for it.",
+    "map": "Penultimate features of the detector on two principal components.",
+    "study": "All selections of this run: the same attempts, chosen by other settings.",
+    "time": "As the logs of all processes that worked on this run tell it.",
+    "provenance": "All that decides the bytes of this data set, and what it was made with.",
+}
+
+
+def _document(title: str, head: str, tiles: str, bodies: Mapping[str, str], kind: str) -> str:
+    files = resources.files("engine.report")
+    style, script = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    links = "".join(f'<a href="#{key}">{name}</a>' for key, name in _SECTIONS)
+    parts = "".join(
+        f'<section id="{key}"><h2>{name}</h2><p class="intro">{_INTRODUCTIONS[key]}</p>{bodies[key]}</section>'
+        for key, name in _SECTIONS
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{html.escape(title)} · Retort</title><style>{style}</style></head><body class='{kind}'>"
+        f'<header><p class="brand">Retort</p><h1>{html.escape(title)}</h1><p class="intro">{html.escape(head)}</p>'
+        f'{tiles}</header><nav aria-label="Sections">{links}</nav><main>{parts}</main>'
+        f"<script>{script}</script></body></html>\n"
+    )

@@ -1,0 +1,93 @@
+"""The selections of a run side by side: which settings differ, and what that does."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engine.report import plots
+from engine.report.facts import Facts, Tally
+
+_Measure = Callable[[Tally], float | None]
+_MEASURES: tuple[tuple[str, _Measure, bool], ...] = (  # name, value, is a share
+    ("bases flagged", lambda t: t.flagged / t.images, True),
+    ("slots without a passing candidate", lambda t: t.unqualified / t.images, True),
+    ("mean p(y) of the chosen images", lambda t: t.probability / t.images, False),
+    ("dissimilarity to the nearest chosen image", lambda t: t.diversity, False),
+    ("label consistency by the judge", lambda t: t.judged.get("label_consistency_refined"), True),
+)
+_PLOTS = 12
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def differing(tallies: Sequence[Tally]) -> list[str]:
+    """Return the settings in which selections differ."""
+    keys = sorted({key for tally in tallies for key in tally.settings})
+    return [key for key in keys if len({json.dumps(tally.settings.get(key)) for tally in tallies}) > 1]
+
+
+def _groups(tallies: Sequence[Tally], key: str, others: Sequence[str]) -> dict[str, list[Tally]]:
+    """Return selections that differ in ``key`` alone, by the text of their ``others`` settings."""
+    found: dict[str, list[Tally]] = {}
+    for tally in sorted(tallies, key=lambda tally: tally.settings[key]):
+        name = ", ".join(f"{other.removeprefix('selection.')} {tally.settings.get(other)}" for other in others)
+        found.setdefault(name, []).append(tally)
+    return {name: part for name, part in found.items() if len({tally.settings[key] for tally in part}) > 1}
+
+
+def _plot(title: str, key: str, groups: dict[str, list[Tally]], measure: _Measure, shares: bool) -> str:
+    series = {}
+    for name, part in groups.items():
+        points = [(float(t.settings[key]), value) for t in part if (value := measure(t)) is not None]
+        if len(points) > 1:
+            series[name] = points
+    if all(value == line[0][1] for line in series.values() for _, value in line):  # it does not depend on this key
+        return ""
+    label = key.removeprefix("selection.")
+    drawn = plots.lines(series, x_label=label, shares=shares, described=f"{title} by {label}", lowest=0.0)
+    names = "".join(
+        f'<li><i class="s{index % plots.SERIES}"></i>{html.escape(name)}</li>' for index, name in enumerate(series)
+    )
+    legend = f'<ul class="legend">{names}</ul>' if len(series) > 1 else ""
+    return f"<figure><figcaption>{html.escape(title)}</figcaption>{drawn}{legend}</figure>"
+
+
+def study(facts: Facts) -> str:
+    """Return plots and table of all selections, or one sentence where there is only one."""
+    notes = "".join(f'<p class="note">Not shown: {html.escape(text)}</p>' for text in facts.unread)
+    tallies = [facts.tally, *sorted(facts.others, key=lambda tally: tally.name)]
+    if len(tallies) == 1:
+        return (
+            '<p class="note">This run has one selection. <code>retort select RUN --name NAME selection.beta=...</code> '
+            f"makes others from the same images; they are compared here.</p>{notes}"
+        )
+    keys = differing(tallies)
+    drawn = []
+    for key in keys:
+        if all(_number(tally.settings.get(key)) for tally in tallies):
+            groups = _groups(tallies, key, [other for other in keys if other != key])
+            drawn += [_plot(title, key, groups, measure, shares) for title, measure, shares in _MEASURES]
+    figures = "".join(list(filter(None, drawn))[:_PLOTS])
+    return f'<div class="plots">{figures}</div>{_table(tallies, keys)}{notes}'
+
+
+def _table(tallies: Sequence[Tally], keys: Sequence[str]) -> str:
+    heads = ["selection", *(key.removeprefix("selection.") for key in keys)]
+    heads += ["flagged", "refined", "none passed", "mean p(y)", "dissimilarity", "consistency"]
+    rows = []
+    for tally in tallies:
+        consistency = tally.judged.get("label_consistency_refined")
+        cells = [tally.name, *(str(tally.settings.get(key)) for key in keys)]
+        cells += [f"{tally.flagged:,}", f"{tally.refined:,}", f"{tally.unqualified:,}"]
+        cells.append(f"{tally.probability / tally.images:.3f}")
+        cells.append("–" if tally.diversity is None else f"{tally.diversity:.3f}")
+        cells.append("–" if consistency is None else f"{100 * consistency:.1f} %")
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scrolls"><table class="numbers">{body}</table></div>'
