@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine import workplan
 from engine.backends import pixel_unet
 from engine.detector import Classifier
 from engine.networks import LogitsOf, Network
@@ -16,9 +18,28 @@ from engine.preprocessing import Preprocessor, plain_preprocessing, write_prepro
 from engine.real_data import RealData, has_split, open_split
 from engine.records import UsageError
 from engine.solvers import Schedule
-from engine.training import Task, TrainConfig
+from engine.training import Draws, Task
+from engine.training_config import TrainConfig
 
 _EVALUATION_BATCH = 256
+
+
+def draw_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return standard normal noise (N, *shape) in float32: an image's own, whatever images it is drawn beside."""
+    streams = (workplan.generator(int(seed), workplan.TRAINING_NOISE) for seed in seeds)
+    return torch.from_numpy(np.stack([stream.standard_normal(tuple(shape), dtype=np.float32) for stream in streams]))
+
+
+@torch.no_grad()
+def validation_loss(task: Task, model: nn.Module, data: RealData) -> dict[str, float]:
+    """Return the mean loss of a generator over real images that it was not trained on."""
+    stream, total, count = torch.Generator().manual_seed(0), 0.0, 0
+    device = next(model.parameters()).device
+    for images, labels in data.parts(_EVALUATION_BATCH):
+        draws = {**task.draw(len(labels), stream), "dropped": torch.zeros(len(labels), dtype=torch.bool)}
+        loss = task.loss(model, torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), draws)
+        total, count = total + float(loss) * len(labels), count + len(labels)
+    return {"validation_loss": round(total / max(1, count), 5), "validation_images": count}
 
 
 class GeneratorTask:
@@ -37,31 +58,30 @@ class GeneratorTask:
         self._held_out = open_split(config.data, "validation", data)
         self._alphas = Schedule(pixel_unet.SCHEDULER_CONFIG).stock().alphas_cumprod
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, stream: torch.Generator) -> Tensor:
+    def draw(self, count: int, stream: torch.Generator) -> Draws:
+        """Draw the timestep, the seed of the noise and whether the label is dropped, for each image."""
+        return {
+            "timesteps": torch.randint(0, len(self._alphas), (count,), generator=stream),
+            "noise_seeds": torch.randint(0, 2**62, (count,), generator=stream),
+            "dropped": torch.rand(count, generator=stream) < self._config.training.label_drop,
+        }
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Return the loss of uint8 images (N, C, S, S) and labels (N,)."""
         x0 = pixel_unet.pixels_to_latents(images, self._shape.patch)
-        noise = torch.randn(x0.shape, generator=stream).to(x0.device)
-        timesteps = torch.randint(0, len(self._alphas), (len(x0),), generator=stream)
+        noise = draw_noise(draws["noise_seeds"], x0.shape[1:]).to(x0.device)
+        timesteps = draws["timesteps"]
         alpha = self._alphas[timesteps].to(x0.device).view(-1, 1, 1, 1)
-        dropped = torch.rand(len(x0), generator=stream) < self._config.training.label_drop
-        labels = torch.where(dropped.to(labels.device), len(self._shape.class_names), labels)
+        labels = torch.where(draws["dropped"].to(labels.device), len(self._shape.class_names), labels)
         x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
         x = x.contiguous(memory_format=torch.channels_last)
-        output = model(x, timesteps.to(x0.device), class_labels=labels).sample
+        output = model(x, timesteps.to(x0.device), class_labels=labels).sample.float()
         return (output - target).square().mean()
 
-    @torch.no_grad()
     def figures(self, model: nn.Module) -> dict[str, float]:
         """Return the loss on the validation split, without label drop, at fixed noise."""
-        images, labels = (torch.from_numpy(part) for part in self._held_out.load_all())
-        stream, total = torch.Generator().manual_seed(0), 0.0
-        device = next(model.parameters()).device
-        for start in range(0, len(images), _EVALUATION_BATCH):
-            part = slice(start, start + _EVALUATION_BATCH)
-            loss = self.loss(model, images[part].to(device), labels[part].to(device), stream)
-            total += float(loss) * len(labels[part])
-        return {"validation_loss": round(total / len(labels), 5), "validation_images": len(labels)}
+        return validation_loss(self, model, self._held_out)
 
     def save(self, folder: Path, model: nn.Module) -> None:
         """Write a folder for the backend ``pixel_unet``."""
@@ -94,9 +114,10 @@ class ClassifierTask:
 
     def __init__(self, config: TrainConfig, data: RealData) -> None:
         network = config.network
-        pixels = data.load_class(0)[:1000].astype("float32") / 255.0
-        if not len(pixels):
+        _, first = next(data.batches(0, 1000), (None, None))
+        if first is None:
             raise UsageError(f"data.path: class 0 ({data.class_names[0]}) has no readable image")
+        pixels = first.astype("float32") / 255.0
         mean = [round(float(m), 4) for m in pixels.mean((0, 2, 3))]
         std = [round(float(s), 4) for s in pixels.std((0, 2, 3))]
         splits = ["validation"] + ["test"] * has_split(config.data, "test")
@@ -105,9 +126,13 @@ class ClassifierTask:
         self._preprocessor = Preprocessor(self._preprocessing)
         self.model = build_classifier(config, data.class_names)
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, stream: torch.Generator) -> Tensor:
+    def draw(self, count: int, stream: torch.Generator) -> Draws:
+        """Return nothing: the moves of the images are all that chance decides."""
+        return {}
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Return the cross-entropy of uint8 images (N, C, S, S) and labels (N,)."""
-        logits = model(self._preprocessor.to(images.device)(images)).logits
+        logits = model(self._preprocessor.to(images.device)(images)).logits.float()
         return nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
