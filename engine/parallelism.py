@@ -62,7 +62,7 @@ class Parallel:
             raise UsageError(
                 f"training.batch: {batch} given; it must be a multiple of the {self.size} processes{times}"
             )
-        self.part_size = batch // parts
+        self.part_size, self._norm = batch // parts, None
         self.launch = Launch(self.size, self._strategy(), _NAMES[accelerator.mixed_precision])
         if plugin is not None:
             _settle(plugin, self.part_size, self.accumulation)
@@ -89,7 +89,12 @@ class Parallel:
     def clip(self, model: Any) -> None:
         """Clip the gradient where a step is complete."""
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            self._norm = self.accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+
+    def gradient_norm(self, model: Any) -> float:
+        """Return the norm of the last step's gradient, before it was clipped."""
+        norm = model.get_global_grad_norm() if self.launch.is_sharded else self._norm
+        return 0.0 if norm is None else float(norm)
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes; everyone must call."""

@@ -1,18 +1,17 @@
-"""The two networks that :mod:`engine.training` trains: the generator and the classifier."""
+"""The networks that :mod:`engine.training` trains from scratch, and which of all it is that a command means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import workplan
 from engine.backends import pixel_unet
 from engine.detector import Classifier
+from engine.diffusion_loss import NoiseLevels, validation_loss
+from engine.fine_tuning import FineTuningTask
 from engine.networks import LogitsOf, Network
 from engine.preprocessing import Preprocessor, plain_preprocessing, write_preprocessing
 from engine.real_data import RealData, has_split, open_split
@@ -24,30 +23,14 @@ from engine.training_config import TrainConfig
 _EVALUATION_BATCH = 256
 
 
-def draw_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return standard normal noise (N, *shape) in float32: an image's own, whatever images it is drawn beside."""
-    streams = (workplan.generator(int(seed), workplan.TRAINING_NOISE) for seed in seeds)
-    return torch.from_numpy(np.stack([stream.standard_normal(tuple(shape), dtype=np.float32) for stream in streams]))
-
-
-@torch.no_grad()
-def validation_loss(task: Task, model: nn.Module, data: RealData) -> dict[str, float]:
-    """Return the mean loss of a generator over real images that it was not trained on."""
-    stream, total, count = torch.Generator().manual_seed(0), 0.0, 0
-    device = next(model.parameters()).device
-    for images, labels in data.parts(_EVALUATION_BATCH):
-        draws = {**task.draw(len(labels), stream), "dropped": torch.zeros(len(labels), dtype=torch.bool)}
-        loss = task.loss(model, torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), draws)
-        total, count = total + float(loss) * len(labels), count + len(labels)
-    return {"validation_loss": round(total / max(1, count), 5), "validation_images": count}
-
-
 class GeneratorTask:
     """A class-conditional pixel U-Net with v-prediction (Salimans and Ho 2022, arXiv 2202.00512).
 
     Loss: mean squared error of v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 at uniform t; ``label_drop`` of the
     labels become the null class, which classifier-free guidance needs.
     """
+
+    base_digest = ""
 
     def __init__(self, config: TrainConfig, data: RealData) -> None:
         network = config.network
@@ -56,27 +39,18 @@ class GeneratorTask:
         torch.manual_seed(config.training.seed)
         self.model = pixel_unet.build_unet(self._shape, network.widths, network.layers)
         self._held_out = open_split(config.data, "validation", data)
-        self._alphas = Schedule(pixel_unet.SCHEDULER_CONFIG).stock().alphas_cumprod
+        self._levels = NoiseLevels(Schedule(pixel_unet.SCHEDULER_CONFIG), config.training.label_drop)
 
     def draw(self, count: int, stream: torch.Generator) -> Draws:
-        """Draw the timestep, the seed of the noise and whether the label is dropped, for each image."""
-        return {
-            "timesteps": torch.randint(0, len(self._alphas), (count,), generator=stream),
-            "noise_seeds": torch.randint(0, 2**62, (count,), generator=stream),
-            "dropped": torch.rand(count, generator=stream) < self._config.training.label_drop,
-        }
+        """Draw noise level, noise and dropped labels for each image."""
+        return self._levels.draw(count, stream)
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Return the loss of uint8 images (N, C, S, S) and labels (N,)."""
-        x0 = pixel_unet.pixels_to_latents(images, self._shape.patch)
-        noise = draw_noise(draws["noise_seeds"], x0.shape[1:]).to(x0.device)
-        timesteps = draws["timesteps"]
-        alpha = self._alphas[timesteps].to(x0.device).view(-1, 1, 1, 1)
+        x, target = self._levels.corrupt(pixel_unet.pixels_to_latents(images, self._shape.patch), draws)
         labels = torch.where(draws["dropped"].to(labels.device), len(self._shape.class_names), labels)
-        x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
         x = x.contiguous(memory_format=torch.channels_last)
-        output = model(x, timesteps.to(x0.device), class_labels=labels).sample.float()
+        output = model(x, draws["timesteps"].to(x.device), class_labels=labels).sample.float()
         return (output - target).square().mean()
 
     def figures(self, model: nn.Module) -> dict[str, float]:
@@ -111,6 +85,8 @@ def build_classifier(config: TrainConfig, class_names: tuple[str, ...]) -> Any:
 
 class ClassifierTask:
     """An image classifier (the detector or the judge), trained with label smoothing 0.05."""
+
+    base_digest = ""
 
     def __init__(self, config: TrainConfig, data: RealData) -> None:
         network = config.network
@@ -153,4 +129,8 @@ class ClassifierTask:
         write_preprocessing(folder, self._preprocessing)
 
 
-TASKS: dict[str, Callable[[TrainConfig, RealData], Task]] = {"generator": GeneratorTask, "detector": ClassifierTask}
+def make_task(kind: str, config: TrainConfig, data: RealData) -> Task:
+    """Return the task of ``train_generator.py`` or ``train_detector.py``; raises UsageError for unusable settings."""
+    if kind == "detector":
+        return ClassifierTask(config, data)
+    return GeneratorTask(config, data) if config.generator.backend == "pixel_unet" else FineTuningTask(config, data)

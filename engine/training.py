@@ -9,6 +9,7 @@ is drawn for the whole batch, so a step is the same however the batch is divided
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +26,12 @@ from engine.checkpoints import Checkpoints, check_identity
 from engine.parallelism import Parallel
 from engine.publish import publish_json, read_json
 from engine.real_data import RealData
-from engine.records import StopRequested, UsageError
+from engine.records import StopRequested
 from engine.settings import flatten
 from engine.telemetry import EventLog, Progress
+from engine.trackers import Trackers
 from engine.training_config import LOGS, RECORD, TrainConfig
+from engine.training_images import TrainingImages
 
 Draws = Mapping[str, Tensor]  # name -> what was drawn for each image of a batch (N, ...)
 
@@ -37,6 +40,7 @@ class Task(Protocol):
     """What a network must bring to be trained here."""
 
     model: nn.Module
+    base_digest: str  # sha256 of the model that is trained further; empty where a new one is
 
     def draw(self, count: int, stream: torch.Generator) -> Draws:
         """Return what chance decides for each of ``count`` images, on the CPU."""
@@ -63,14 +67,15 @@ class Trainer:
         self._options = options = config.training
         self._output = Path(config.output)
         self._parallel = parallel = Parallel(options.batch, options.accumulation)
-        self._identity = {"config": flatten(config, ("identity",)), "data_digest": data.digest}
-        images, labels = data.load_all()
-        if data.skipped:
-            self._say(f"{len(data.skipped)} training images could not be read, the first: {data.skipped[0]}")
-        absent = sorted(set(range(len(data.class_names))) - set(labels.tolist()))
-        if absent:
-            raise UsageError(f"data.path: class {absent[0]} ({data.class_names[absent[0]]}) has no readable image")
-        self._images, self._labels = torch.from_numpy(images), torch.from_numpy(labels)
+        self._identity: dict[str, Any] = {"config": flatten(config, ("identity",)), "data_digest": data.digest}
+        if task.base_digest:
+            self._identity["base_digest"] = task.base_digest
+        self._data, self._images = data, TrainingImages(data, options.preload)
+        self._permutation = functools.lru_cache(2)(
+            lambda epoch: workplan.generator(options.seed, workplan.TRAINING_ORDER, epoch).permutation(
+                len(self._images)
+            )
+        )
         # ZeRO-3 takes the weights of the model apart: what is saved at the end is put together in a copy
         self._whole = copy.deepcopy(task.model) if parallel.launch.strategy == "zero-3" else None
         optimizer = torch.optim.AdamW(
@@ -80,6 +85,9 @@ class Trainer:
         self._average = WeightAverage(self._model.parameters(), options.ema_decay)
         self._checkpoints = Checkpoints(self._output, parallel, self._identity)
         self._log = EventLog(self._output / LOGS, parallel.rank)
+        self._trackers = Trackers(
+            options.trackers, self._output / LOGS, flatten(config), key="training.trackers", enabled=parallel.is_first
+        )
         self._step, self._seconds = 0, 0.0
 
     def _rate(self, step: int) -> float:
@@ -91,13 +99,9 @@ class Trainer:
 
     def _order(self, step: int) -> np.ndarray:
         """Return the image positions of a step's whole batch: a pure function of seed and step."""
-        batch, count = self._options.batch, len(self._labels)
-        wanted = np.arange(step * batch, (step + 1) * batch)
-        epochs = {
-            e: workplan.generator(self._options.seed, workplan.TRAINING_ORDER, int(e)).permutation(count)
-            for e in np.unique(wanted // count)
-        }
-        return np.array([epochs[index // count][index % count] for index in wanted])
+        batch, count = self._options.batch, len(self._images)
+        wanted = range(step * batch, (step + 1) * batch)
+        return np.array([self._permutation(index // count)[index % count] for index in wanted])
 
     def _train_step(self) -> Tensor:
         """Do one optimiser step; returns this process's mean loss, still on the device."""
@@ -106,16 +110,17 @@ class Trainer:
         stream = torch.Generator().manual_seed(int(mixed.integers(2**62)))
         moves = Moves.draw(options.batch, stream, options.flip, options.shift)
         draws = self._task.draw(options.batch, stream)
-        mine = torch.from_numpy(workplan.share(np.arange(options.batch), parallel.rank, parallel.size))
-        order = torch.from_numpy(self._order(self._step))
+        mine = workplan.share(np.arange(options.batch), parallel.rank, parallel.size)
+        images, labels = self._images.take(self._order(self._step)[mine], self._order(self._step + 1)[mine])
+        images = moves.take(torch.from_numpy(mine)).apply(images)
         total = torch.zeros((), device=parallel.device)
         self._set_learning_rate()
-        for places in mine.split(parallel.part_size):
-            images = moves.take(places).apply(self._images[order[places]]).to(parallel.device)
-            labels = self._labels[order[places]].to(parallel.device)
+        for part in torch.arange(len(mine)).split(parallel.part_size):
+            places = torch.from_numpy(mine)[part]
+            shown, wanted = images[part].to(parallel.device), labels[part].to(parallel.device)
             with parallel.part(self._model):
                 drawn = {name: value[places] for name, value in draws.items()}
-                loss = self._task.loss(self._model, images, labels, drawn)
+                loss = self._task.loss(self._model, shown, wanted, drawn)
                 parallel.accelerator.backward(loss)
                 parallel.clip(self._model)
                 self._optimizer.step()
@@ -140,9 +145,13 @@ class Trainer:
             check_identity(finished, {name: made.get(name) for name in self._identity}, self._identity)
             self._say(f"{self._output} is complete; nothing to do")
             return {}
-        self._resume()
-        self._train()
-        return self._finish(command)
+        try:
+            self._resume()
+            self._train()
+            return self._finish(command)
+        finally:
+            self._images.close()
+            self._trackers.close()
 
     def _train(self) -> None:
         options, parallel = self._options, self._parallel
@@ -154,28 +163,42 @@ class Trainer:
             every=options.progress_seconds,
             done=self._step,
         )
-        losses, note = torch.zeros((), device=parallel.device), ""
-        counted = 0
+        losses, counted, note, logged = torch.zeros((), device=parallel.device), 0, "", self._seconds
         while self._step < options.steps:
             begin = time.perf_counter()
             losses, counted = losses + self._train_step(), counted + 1
-            self._seconds += time.perf_counter() - begin
             done = self._step == options.steps
-            if done or self._step % options.log_steps == 0:
-                note = self._note(float(parallel.mean(losses)) / counted)
-                losses, counted = torch.zeros_like(losses), 0
+            due = done or self._step % options.log_steps == 0
+            loss = float(parallel.mean(losses)) / counted if due else 0.0  # waits for the device, so it is timed
+            self._seconds += time.perf_counter() - begin
+            if due:
+                note = f"loss {loss:.4f}"
+                self._record(loss, counted * options.batch / (self._seconds - logged))
+                losses, counted, logged = torch.zeros_like(losses), 0, self._seconds
             progress.show(self._step, note, final=done)
             stopping = self._step % 10 == 0 and parallel.any(self._stop.requested())
             if not done and (stopping or self._step % options.checkpoint_steps == 0):
-                self._checkpoints.save(self._step, self._average, {"seconds": self._seconds})
+                self._checkpoint()
             if stopping and not done:
                 raise StopRequested(f"stopped early by {self._stop.reason}; the same command continues")
 
-    def _note(self, loss: float) -> str:
+    def _record(self, loss: float, rate: float) -> None:
+        if not self._parallel.is_first:
+            return
+        figures = {
+            "loss": loss,
+            "learning_rate": self._options.learning_rate * self._rate(self._step - 1),
+            "gradient_norm": self._parallel.gradient_norm(self._model),
+            "images_per_second": round(rate, 3),
+        }
+        self._log.write("training", step=self._step, seconds=round(self._seconds, 3), **figures)
+        self._trackers.log({f"training/{name}": value for name, value in figures.items()}, step=self._step)
+
+    def _checkpoint(self) -> None:
+        begin = time.perf_counter()
+        self._checkpoints.save(self._step, self._average, {"seconds": self._seconds})
         if self._parallel.is_first:
-            rate = self._options.learning_rate * self._rate(self._step - 1)
-            self._log.write("training", step=self._step, loss=loss, learning_rate=rate, seconds=round(self._seconds, 3))
-        return f"loss {loss:.4f}"
+            self._log.write("checkpoint", step=self._step, seconds=round(time.perf_counter() - begin, 3))
 
     def _say(self, line: str) -> None:
         if self._parallel.is_first:
@@ -203,15 +226,20 @@ class Trainer:
 
     def _finish(self, command: str) -> dict[str, Any]:
         parallel, finished = self._parallel, self._output / RECORD
+        if self._data.skipped:
+            self._say(f"{len(self._data.skipped)} training images could not be read: {self._data.skipped[0]} ...")
         model = self._result()
         if not parallel.is_first:  # measuring may take longer than a collective call waits
             self._stop.wait(finished.exists, 0.2)
             return {}
         self._task.save(self._output, model)
+        figures = self._task.figures(model)
+        self._log.write("result", figures=figures)
+        self._trackers.log({f"result/{name}": value for name, value in figures.items()}, step=self._step)
         record = {
             "command": command,
             **self._identity,
-            "figures": self._task.figures(model),
+            "figures": figures,
             "parameters": sum(p.numel() for p in model.parameters()),
             "processes": parallel.size,
             "strategy": parallel.launch.strategy,
@@ -220,7 +248,7 @@ class Trainer:
             "device": parallel.device.type,
             "seconds": round(self._seconds, 1),
             "torch": torch.__version__,
-            "training_images": len(self._labels),
+            "training_images": len(self._images),
         }
         publish_json(finished, record)
         self._checkpoints.remove()

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import DataConfig
+from engine.config import DataConfig, GeneratorConfig
 from engine.records import UsageError
 from engine.settings import RUNTIME, key, section
 
@@ -32,9 +32,20 @@ class TrainingConfig:
     flip: bool = key(True, "mirror half of the images")
     shift: int = key(0, "shift images by up to this many pixels", low=0)
     label_drop: float = key(0.1, "generator only: share of labels replaced by the null class", low=0.0, high=1.0)
+    gradient_checkpointing: bool = key(
+        False, "fine-tuning only: compute activations again in the backward pass, which saves memory", kind=RUNTIME
+    )
+    preload: str = key(
+        "auto",
+        "always: decode all images once and keep them in memory; never: read each step's beside the step before, by "
+        "data.workers processes; auto: keep what takes at most 2 GiB in each process",
+        kind=RUNTIME,
+        choices=("auto", "always", "never"),
+    )
     checkpoint_steps: int = key(500, "steps between checkpoints", kind=RUNTIME, low=1)
     log_steps: int = key(10, "steps between entries of the log: mean loss, gradient norm, rate", kind=RUNTIME, low=1)
     progress_seconds: float = key(10.0, "time between progress lines", kind=RUNTIME, low=0.1)
+    trackers: tuple[str, ...] = key((), "who else is told: tensorboard, wandb", kind=RUNTIME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +63,15 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything ``engine/train_detector.py`` and ``engine/train_generator.py`` need."""
+    """Everything ``engine/train_detector.py`` and ``engine/train_generator.py`` need.
+
+    ``generator`` counts for ``train_generator.py`` alone: with the backend pixel_unet a network is made by ``network``,
+    with another one the model at ``generator.path`` is trained further.
+    """
 
     output: str = key("", "folder for the trained model (--output)", kind=RUNTIME)
     data: DataConfig = section(DataConfig)
+    generator: GeneratorConfig = section(GeneratorConfig)
     network: NetworkConfig = section(NetworkConfig)
     training: TrainingConfig = section(TrainingConfig)
 
