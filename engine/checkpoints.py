@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ class Checkpoints:
         folder = found[-1].parent
         state: dict[str, Any] = read_json(found[-1], "use another --output")
         check_identity(folder, state["identity"], self._identity)
-        _check_launch(folder, Launch(**state["launch"]), self._parallel.launch)
+        check_launch(folder, Launch(**state["launch"]), self._parallel.launch)
         self._parallel.accelerator.load_state(str(folder))
         # counted again: the checkpoint may come from another division of the batch
         self._parallel.accelerator.step = 0
@@ -85,14 +84,17 @@ class Checkpoints:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _check_launch(folder: Path, theirs: Launch, mine: Launch) -> None:
-    """Plain data parallelism continues with any number of processes; ZeRO's files belong to ranks and a stage."""
-    wrong: Sequence[str] = []
+def check_launch(folder: Path, theirs: Launch, mine: Launch) -> None:
+    """Raise UsageError unless this launch can go on with a checkpoint of another.
+
+    Plain data parallelism goes on with any number of processes; ZeRO's files belong to ranks and a stage.
+    """
+    wrong = ""
     if theirs.precision != mine.precision:
-        wrong = [f"mixed precision {theirs.precision}, this launch has {mine.precision}"]
+        wrong = f"mixed precision {theirs.precision}, this launch has {mine.precision}"
     elif theirs.strategy != mine.strategy and (theirs.is_sharded or mine.is_sharded):
-        wrong = [f"strategy {theirs.strategy!r}, this launch has {mine.strategy!r}"]
+        wrong = f"strategy {theirs.strategy!r}, this launch has {mine.strategy!r}"
     elif theirs.is_sharded and theirs.processes != mine.processes:
-        wrong = [f"{theirs.processes} processes of {theirs.strategy}, this launch has {mine.processes}"]
+        wrong = f"{theirs.processes} processes of {theirs.strategy}, this launch has {mine.processes}"
     if wrong:
-        raise UsageError(f"{folder}: written by {wrong[0]}; launch as before, or use another --output")
+        raise UsageError(f"{folder}: written by {wrong}; launch as before, or use another --output")

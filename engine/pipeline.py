@@ -178,7 +178,7 @@ class Job:
         begin = time.perf_counter()
 
         def tell(finished: int) -> None:
-            if parts:
+            if parts and self.clock.counts["images"]:
                 self._tell(finished, total, time.perf_counter() - begin, parts[1].counts.occupancy)
 
         def between_steps() -> None:

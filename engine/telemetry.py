@@ -136,9 +136,11 @@ EVENTS: dict[str, dict[str, str]] = {
         "qualified_share": "share of this process's images that pass",
     },
     "loop": {
-        "rows_used": "rows of the denoising loop that did work",
-        "rows_total": "rows of all its forwards",
-        "occupancy": "their quotient",
+        "steps": "forwards of the denoising loop",
+        "rows_used": "rows of them that did work",
+        "rows_starved": "rows that were empty while work was queued",
+        "rows_total": "rows of all forwards",
+        "occupancy": "rows_used / rows_total",
         "seconds": "named spans of this process: denoise, judge, encode, publish, waits",
     },
     "health": {

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
 
@@ -93,15 +94,28 @@ def read_tensorboard(folder):
     return {tag: {event.step: event.value for event in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
 
+def wandb_records(data):
+    """Yield the records of a .wandb file: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # no room for a header: the rest of the block is padding
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
 def read_wandb(folder):
     """Return [{name: value}] of the history in the only offline run's file."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     (path,) = (folder / "logs" / "wandb").glob("offline-run-*/*.wandb")
-    store, history = DataStore(), []
-    store.open_for_scan(str(path))
-    while data := store.scan_data():
+    history = []
+    for data in wandb_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
