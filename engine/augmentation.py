@@ -7,6 +7,7 @@ Every function draws from the stream it is given and from nowhere else.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,27 +24,46 @@ _LUMA = (0.299, 0.587, 0.114)
 _ASPECT = (3.0 / 4.0, 4.0 / 3.0)  # of a crop, as in Szegedy et al. 2015
 
 
-def mirror(images: Tensor, stream: torch.Generator) -> Tensor:
-    """Mirror half of the images."""
-    mirrored = torch.rand(len(images), generator=stream) < 0.5
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+@dataclass(frozen=True)
+class Moves:
+    """What is drawn for each of N images: whether it is mirrored (N,), and by how much it is shifted (N, 2); or None.
 
+    Drawn for a whole batch and taken for a part of it, an image's move does not depend on how a batch is divided.
+    """
 
-def shift(images: Tensor, stream: torch.Generator, pixels: int) -> Tensor:
-    """Shift each image by up to ``pixels`` in both directions; what comes in is black."""
-    count, _, side, _ = images.shape
-    padded = functional.pad(images, (pixels,) * 4)
-    offsets = torch.randint(0, 2 * pixels + 1, (count, 2), generator=stream)
-    rows = offsets[:, :1] + torch.arange(side)
-    columns = offsets[:, 1:] + torch.arange(side)
-    pick = torch.arange(count).view(-1, 1, 1)
-    return padded.permute(0, 2, 3, 1)[pick, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    mirrored: Tensor | None
+    offsets: Tensor | None  # 0 .. 2 * pixels; ``pixels`` is no shift
+    pixels: int
+
+    @classmethod
+    def draw(cls, count: int, stream: torch.Generator, flip: bool, pixels: int) -> Moves:
+        """Draw for ``count`` images: half of them mirrored where ``flip`` is set, shifts by up to ``pixels``."""
+        mirrored = torch.rand(count, generator=stream) < 0.5 if flip else None
+        offsets = torch.randint(0, 2 * pixels + 1, (count, 2), generator=stream) if pixels else None
+        return cls(mirrored, offsets, pixels)
+
+    def take(self, positions: Tensor) -> Moves:
+        """Return the moves of some of the images."""
+        mirrored = None if self.mirrored is None else self.mirrored[positions]
+        return Moves(mirrored, None if self.offsets is None else self.offsets[positions], self.pixels)
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Mirror, then shift; what comes in is black."""
+        if self.mirrored is not None:
+            images = torch.where(self.mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+        if self.offsets is None:
+            return images
+        count, _, side, _ = images.shape
+        padded = functional.pad(images, (self.pixels,) * 4)
+        rows = self.offsets[:, :1] + torch.arange(side)
+        columns = self.offsets[:, 1:] + torch.arange(side)
+        pick = torch.arange(count).view(-1, 1, 1)
+        return padded.permute(0, 2, 3, 1)[pick, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def mirror_and_shift(images: Tensor, stream: torch.Generator, flip: bool, pixels: int) -> Tensor:
-    """Apply :func:`mirror` where ``flip`` is set, then :func:`shift`."""
-    images = mirror(images, stream) if flip else images
-    return shift(images, stream, pixels) if pixels else images
+    """Mirror half of the images where ``flip`` is set, then shift each image by up to ``pixels`` in both directions."""
+    return Moves.draw(len(images), stream, flip, pixels).apply(images)
 
 
 def _to_levels(images: Tensor) -> Tensor:

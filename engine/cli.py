@@ -103,12 +103,12 @@ def train_main(kind: str, argv: Sequence[str] | None = None) -> int:
         from engine import tasks, training
         from engine.cluster import StopWatch
         from engine.real_data import open_data
+        from engine.training_config import TrainConfig, with_output
 
-        config = load(training.TrainConfig, arguments.config, arguments.overrides)
-        config = training.with_output(config, arguments.output)
+        config = with_output(load(TrainConfig, arguments.config, arguments.overrides), arguments.output)
         network = config.network
         data = open_data(config.data, config.data.split, network.image_size, network.channels)
-        task = tasks.TASKS[kind](config, data)
+        task = tasks.make_task(kind, config, data)
         stop = StopWatch()
         stop.listen()
         record = training.Trainer(task, data, config, stop).run(_command_line(f"train_{kind}", argv))

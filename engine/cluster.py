@@ -44,6 +44,16 @@ def launched_rank() -> int:
     return int(text) if text.isdigit() else 0
 
 
+def uses_deepspeed() -> bool:
+    """True where ``accelerate launch`` was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def is_kept_on_cpu() -> bool:
+    """True where the launcher keeps this process off the GPUs."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
 def join_world(expected: int = 0) -> World:
     """Read rank and size from the launcher's variables and check them.
 
@@ -123,8 +133,7 @@ def choose_device(wanted: str, local_rank: int) -> str:
     """Return "cpu" or "cuda:I" for ``runtime.device``; raises UsageError where CUDA is not to be had."""
     import torch
 
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if wanted == "cpu" or (wanted == "auto" and (use_cpu or not torch.cuda.is_available())):
+    if wanted == "cpu" or (wanted == "auto" and (is_kept_on_cpu() or not torch.cuda.is_available())):
         return "cpu"
     if not torch.cuda.is_available():
         raise UsageError("runtime.device: 'cuda' given, but this machine offers none; allowed here: auto, cpu")

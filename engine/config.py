@@ -269,6 +269,7 @@ class RuntimeConfig:
         120.0, "time without renewal after which others take work over; at least 3 heartbeats", kind=RUNTIME, low=0.01
     )
     progress_seconds: float = key(5.0, "time between progress lines", kind=RUNTIME, low=0.1)
+    trackers: tuple[str, ...] = key((), "who else is told: tensorboard, wandb", kind=RUNTIME)
 
 
 def check_run(config: RunConfig) -> None:

@@ -122,8 +122,11 @@ class Producer:
         work.awaited[slot] -= 1
         self._clock.add("images")
         self._clock.add("failed", int(image.verdict.failed))
+        passed = image.verdict.passes(image.key.class_index, self._policy.beta)
+        self._clock.add("passed", int(passed))
         if image.key.attempt == 0:
-            self._clock.add("flagged", int(not image.verdict.passes(image.key.class_index, self._policy.beta)))
+            self._clock.add("bases")
+            self._clock.add("flagged", int(not passed))
         if not work.awaited[slot]:
             self._request(work, slot)
         if work.is_done:

@@ -166,6 +166,13 @@ def match_classes(
     return tuple(range(len(classes)))
 
 
+def find_classes(classes: ClassList, labels: Sequence[str]) -> tuple[int | None, ...]:
+    """Return the index among a model's ``labels`` of every class that is there without doubt, None for the others."""
+    table = _Labels(labels, recognise(labels))
+    found = [table.find(name, classes.wnids[index], classes.keys(index)) for index, name in enumerate(classes.names)]
+    return tuple(places[0] if len(places) == 1 else None for places in found)
+
+
 def _look_up(classes: ClassList, labels: Sequence[str], known: ClassList, key: str, what: str) -> tuple[int, ...]:
     index_of = _Labels(labels, known)
     found = []

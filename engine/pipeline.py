@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -34,9 +35,11 @@ from engine.refinement import policy_of
 from engine.report.evidence import Sources
 from engine.report.page import ReportPage
 from engine.run_record import RunRecord, run_folder
+from engine.settings import flatten
 from engine.stages import STAGES
 from engine.synthesis import DenoisingLoop
 from engine.telemetry import EventLog, Progress, Stopclock, format_seconds
+from engine.trackers import Trackers
 
 # of the loop's thread: work and, from "wait_" on, waiting; then of the threads beside it
 _SPANS = ("warm_up", "open", "denoise", "judge", "wait_encode", "wait_publish", "encode", "publish")
@@ -63,6 +66,10 @@ class Job:
         slurm = find_slurm_job()
         task = slurm.array_task if slurm else ""
         self._log.write("start", host=leases.me.host, pid=leases.me.pid, device=models.device, array_task=task)
+        trackers = config.runtime.trackers
+        self.trackers = Trackers(
+            trackers, folder / "logs", flatten(config), key="runtime.trackers", enabled=world.is_first
+        )
         self.clock = Stopclock()
         self.finishing = Finishing(folder, record, config, leases, stop)
 
@@ -182,12 +189,19 @@ class Job:
 
         progress = self._progress("images", total, "slots", slots_done())
 
+        begin = time.perf_counter()
+
+        def tell(finished: int) -> None:
+            if parts and self.clock.counts["images"]:
+                self._tell(finished, total, time.perf_counter() - begin, parts[1].counts.occupancy)
+
         def between_steps() -> None:
             self._stop.check()
             self._leases.check()
             if progress.is_due():  # counting lists a folder of the pool
-                counts = self.clock.counts
-                progress.show(slots_done(), f"{counts['images']} images made, {counts['flagged']} bases flagged")
+                counts, finished = self.clock.counts, slots_done()
+                progress.show(finished, f"{counts['images']} images made, {counts['flagged']} bases flagged")
+                tell(finished)
 
         parts: tuple[Producer, DenoisingLoop, ImageMaker] | None = None
         with contextlib.ExitStack() as closing_down:
@@ -203,7 +217,22 @@ class Job:
                     raise self._out_of_memory() from error
         if parts:
             self._note_loop(*parts[1:])
+            tell(slots_done())
         progress.show(total, f"{self.clock.counts['images']} images made by this process", final=True)
+
+    def _tell(self, slots: int, total: int, seconds: float, occupancy: float) -> None:
+        """Log how far the run is, and what this process has seen, and feed the trackers."""
+        counts = self.clock.counts
+        images, bases = counts["images"], counts["bases"]
+        figures = {
+            "images": images,
+            "images_per_second": round(images / max(seconds, 1e-9), 3),
+            "occupancy": round(occupancy, 4),
+            "flagged_share": round(counts["flagged"] / max(1, bases), 4),
+            "qualified_share": round(counts["passed"] / max(1, images), 4),
+        }
+        self._log.write("progress", slots=slots, total_slots=total, **figures)
+        self.trackers.log({f"synthesize/{name}": value for name, value in figures.items()}, step=slots)
 
     def _note_loop(self, loop: DenoisingLoop, maker: ImageMaker) -> None:
         spans = {name: round(self.clock.seconds[name], 3) for name in _SPANS}
@@ -233,6 +262,15 @@ class Job:
             self._claims.distrust(unit.index for unit in error.units)
             self.synthesize()
             self.finishing.select()
+        if self._world.is_first:
+            self._note_choices()
+
+    def _note_choices(self) -> None:
+        choices = [placed.choice for placed in self.finishing.placed()]
+        share = round(sum(choice.qualified for choice in choices) / len(choices), 4)
+        refined = sum(choice.attempt > 0 for choice in choices)
+        self._log.write("chosen", slots=len(choices), refined=refined, qualified_share=share)
+        self.trackers.log({"chosen/refined": refined, "chosen/qualified_share": share}, step=len(choices))
 
     def write_report(self) -> None:
         """Write page, contact sheet and summary and print what came out, or wait for the process that does."""
@@ -280,9 +318,10 @@ def distill(config: RunConfig, world: World, stop: StopWatch, stages: Sequence[s
     stop.check()
     record = agree(folder, config, models, world, stop)
     obey(folder, config, models, record)
-    leases = Leases(folder, config.runtime, world.rank)
+    leases, closing_down = Leases(folder, config.runtime, world.rank), contextlib.ExitStack()
     try:
         job = Job(folder, config, models, record, world, leases, stop)
+        closing_down.callback(job.trackers.close)
         if job.finishing.is_finished() and job.finishing.is_reported():
             if world.is_first:
                 print(f"{folder} is complete; nothing to do. Shards: {job.finishing.shards_folder}")
@@ -298,4 +337,5 @@ def distill(config: RunConfig, world: World, stop: StopWatch, stages: Sequence[s
             job.await_input(stage)
             job.stage(stage, work[stage])
     finally:
+        closing_down.close()
         leases.close()

@@ -6,7 +6,7 @@ stops a run by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from engine import readers
 from engine.config import DataConfig
 from engine.labels import ClassList, match_classes
 from engine.readers.decoding import ImageForm, decode
-from engine.readers.interface import Listing
+from engine.readers.interface import Listing, Samples
 from engine.readers.workers import WorkerPool
 from engine.records import UsageError
 
@@ -66,11 +66,16 @@ class RealData:
         """Return one image as uint8 (C, S, S), or None where it is broken (noted in ``skipped``)."""
         return self._checked(decode(self._listing.samples[class_index][position], self._form))
 
+    def read_many(self, places: Sequence[tuple[int, int]]) -> list[np.ndarray | None]:
+        """Return images by (class index, position), each as :meth:`read` does; ``workers`` decode them side by side."""
+        samples = Samples(places, lambda place: self._listing.samples[place[0]][place[1]])
+        return [self._checked(decoded) for decoded in self._decoded(samples)]
+
     def batches(self, class_index: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (positions (N,), images (N, C, S, S)) with N <= ``batch``, in order, broken ones left out."""
         positions: list[int] = []
         images: list[np.ndarray] = []
-        for position, decoded in enumerate(self._decoded(class_index)):
+        for position, decoded in enumerate(self._decoded(self._listing.samples[class_index])):
             image = self._checked(decoded)
             if image is not None:
                 positions.append(position)
@@ -81,8 +86,7 @@ class RealData:
         if images:
             yield np.array(positions), np.stack(images)
 
-    def _decoded(self, class_index: int) -> Iterator[np.ndarray | str]:
-        samples = self._listing.samples[class_index]
+    def _decoded(self, samples: Samples) -> Iterator[np.ndarray | str]:
         if not self._workers:
             return (decode(samples[position], self._form) for position in range(len(samples)))
         if self._pool is None:

@@ -1,8 +1,7 @@
-"""The two networks that :mod:`engine.training` trains: the generator and the classifier."""
+"""The networks that :mod:`engine.training` trains from scratch, and which of all it is that a command means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,15 @@ from torch import Tensor, nn
 from engine.backends import pixel_unet
 from engine.calibration import calibration_error, fit_temperature, scale_by
 from engine.detector import Classifier
+from engine.diffusion_loss import NoiseLevels, validation_loss
+from engine.fine_tuning import FineTuningTask
 from engine.networks import LogitsOf, Network
 from engine.preprocessing import Preprocessor, plain_preprocessing, write_preprocessing
 from engine.real_data import RealData, has_split, open_split
 from engine.records import UsageError
 from engine.solvers import Schedule
-from engine.training import Task, TrainConfig
+from engine.training import Draws, Task
+from engine.training_config import TrainConfig
 
 _EVALUATION_BATCH = 256
 
@@ -29,6 +31,8 @@ class GeneratorTask:
     labels become the null class, which classifier-free guidance needs.
     """
 
+    base_digest = ""
+
     def __init__(self, config: TrainConfig, data: RealData) -> None:
         network = config.network
         self._config = config
@@ -36,33 +40,23 @@ class GeneratorTask:
         torch.manual_seed(config.training.seed)
         self.model = pixel_unet.build_unet(self._shape, network.widths, network.layers)
         self._held_out = open_split(config.data, "validation", data)
-        self._alphas = Schedule(pixel_unet.SCHEDULER_CONFIG).stock().alphas_cumprod
+        self._levels = NoiseLevels(Schedule(pixel_unet.SCHEDULER_CONFIG), config.training.label_drop)
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, stream: torch.Generator) -> Tensor:
+    def draw(self, count: int, stream: torch.Generator) -> Draws:
+        """Draw noise level, noise and dropped labels for each image."""
+        return self._levels.draw(count, stream)
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Return the loss of uint8 images (N, C, S, S) and labels (N,)."""
-        x0 = pixel_unet.pixels_to_latents(images, self._shape.patch)
-        noise = torch.randn(x0.shape, generator=stream).to(x0.device)
-        timesteps = torch.randint(0, len(self._alphas), (len(x0),), generator=stream)
-        alpha = self._alphas[timesteps].to(x0.device).view(-1, 1, 1, 1)
-        dropped = torch.rand(len(x0), generator=stream) < self._config.training.label_drop
-        labels = torch.where(dropped.to(labels.device), len(self._shape.class_names), labels)
-        x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+        x, target = self._levels.corrupt(pixel_unet.pixels_to_latents(images, self._shape.patch), draws)
+        labels = torch.where(draws["dropped"].to(labels.device), len(self._shape.class_names), labels)
         x = x.contiguous(memory_format=torch.channels_last)
-        output = model(x, timesteps.to(x0.device), class_labels=labels).sample
+        output = model(x, draws["timesteps"].to(x.device), class_labels=labels).sample.float()
         return (output - target).square().mean()
 
-    @torch.no_grad()
     def figures(self, model: nn.Module) -> dict[str, float]:
         """Return the loss on the validation split, without label drop, at fixed noise."""
-        images, labels = (torch.from_numpy(part) for part in self._held_out.load_all())
-        stream, total = torch.Generator().manual_seed(0), 0.0
-        device = next(model.parameters()).device
-        for start in range(0, len(images), _EVALUATION_BATCH):
-            part = slice(start, start + _EVALUATION_BATCH)
-            loss = self.loss(model, images[part].to(device), labels[part].to(device), stream)
-            total += float(loss) * len(labels[part])
-        return {"validation_loss": round(total / len(labels), 5), "validation_images": len(labels)}
+        return validation_loss(self, model, self._held_out)
 
     def save(self, folder: Path, model: nn.Module) -> None:
         """Write a folder for the backend ``pixel_unet``."""
@@ -93,11 +87,14 @@ def build_classifier(config: TrainConfig, class_names: tuple[str, ...]) -> Any:
 class ClassifierTask:
     """An image classifier (the detector or the judge), trained with label smoothing 0.05."""
 
+    base_digest = ""
+
     def __init__(self, config: TrainConfig, data: RealData) -> None:
         network = config.network
-        pixels = data.load_class(0)[:1000].astype("float32") / 255.0
-        if not len(pixels):
+        _, first = next(data.batches(0, 1000), (None, None))
+        if first is None:
             raise UsageError(f"data.path: class 0 ({data.class_names[0]}) has no readable image")
+        pixels = first.astype("float32") / 255.0
         mean = [round(float(m), 4) for m in pixels.mean((0, 2, 3))]
         std = [round(float(s), 4) for s in pixels.std((0, 2, 3))]
         splits = ["validation"] + ["test"] * has_split(config.data, "test")
@@ -106,9 +103,13 @@ class ClassifierTask:
         self._preprocessor = Preprocessor(self._preprocessing)
         self.model = build_classifier(config, data.class_names)
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, stream: torch.Generator) -> Tensor:
+    def draw(self, count: int, stream: torch.Generator) -> Draws:
+        """Return nothing: the moves of the images are all that chance decides."""
+        return {}
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Return the cross-entropy of uint8 images (N, C, S, S) and labels (N,)."""
-        logits = model(self._preprocessor.to(images.device)(images)).logits
+        logits = model(self._preprocessor.to(images.device)(images)).logits.float()
         return nn.functional.cross_entropy(logits, labels, label_smoothing=0.05)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
@@ -141,4 +142,8 @@ class ClassifierTask:
         write_preprocessing(folder, self._preprocessing)
 
 
-TASKS: dict[str, Callable[[TrainConfig, RealData], Task]] = {"generator": GeneratorTask, "detector": ClassifierTask}
+def make_task(kind: str, config: TrainConfig, data: RealData) -> Task:
+    """Return the task of ``train_generator.py`` or ``train_detector.py``; raises UsageError for unusable settings."""
+    if kind == "detector":
+        return ClassifierTask(config, data)
+    return GeneratorTask(config, data) if config.generator.backend == "pixel_unet" else FineTuningTask(config, data)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import sys
 import threading
 import time
@@ -76,7 +78,8 @@ class Progress:
     ) -> None:
         self._label, self._total, self._unit = label, total, unit
         self._stream = stream if stream is not None else sys.stderr
-        self._terminal = self._stream.isatty()
+        # batch systems and editors write to files, or to terminals that cannot move their cursor
+        self._terminal = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self._enabled, self._every = enabled, 0.2 if self._terminal else every
         self._clock, self._start, self._initial = clock, clock(), done
         self._last = self._start
@@ -97,16 +100,78 @@ class Progress:
         parts = [f"{self._label}: {done}/{self._total} {self._unit}", f"{rate:.1f}/s" if rate else "", tail, note]
         line = "  ".join(part for part in parts if part)
         if self._terminal:
-            self._stream.write("\r\033[K" + line + ("\n" if final else ""))
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be overwritten
+            self._stream.write("\r\033[K" + (line if final else line[:width]) + ("\n" if final else ""))
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
 
 
+# What stands in RUN/logs/*.jsonl: event -> field -> its meaning. Every line also has "event" and "time".
+EVENTS: dict[str, dict[str, str]] = {
+    "start": {
+        "host": "name of the machine",
+        "pid": "process id there",
+        "device": "cpu or cuda:I",
+        "array_task": "SLURM_ARRAY_TASK_ID, empty outside an array",
+    },
+    "stage": {
+        "name": "prototypes, synthesize, select, finalize or report",
+        "seconds": "wall time that this process spent in it",
+        "counts": "named counts of this process so far: images, bases, flagged, passed, failed ...",
+    },
+    "skipped_image": {"reason": "a real image that could not be read, and why"},
+    "unit": {
+        "index": "number of a unit that this process published",
+        "class_index": "its class",
+        "first_slot": "its first slot",
+    },
+    "progress": {
+        "slots": "slots finished by the whole run",
+        "total_slots": "slots of the run",
+        "images": "images made by this process",
+        "images_per_second": "of this process, since its stage began",
+        "occupancy": "share of the rows that did work, 0 to 1",
+        "flagged_share": "share of this process's bases that were flagged",
+        "qualified_share": "share of this process's images that pass",
+    },
+    "loop": {
+        "steps": "forwards of the denoising loop",
+        "rows_used": "rows of them that did work",
+        "rows_starved": "rows that were empty while work was queued",
+        "rows_total": "rows of all forwards",
+        "occupancy": "rows_used / rows_total",
+        "seconds": "named spans of this process: denoise, judge, encode, publish, waits",
+    },
+    "health": {
+        "latents_not_finite": "latents with NaN or infinity",
+        "images_not_finite": "decoded images with NaN or infinity",
+        "flat": "images of nearly one colour",
+        "decoded_again": "images decoded again in float32",
+    },
+    "chosen": {
+        "slots": "slots of the selection",
+        "refined": "slots whose choice is not the base",
+        "qualified_share": "share of the choices that pass",
+    },
+    "training": {
+        "step": "optimiser steps done",
+        "loss": "mean over the images of all processes since the last entry",
+        "learning_rate": "of the last step",
+        "gradient_norm": "of the last step, before clipping",
+        "images_per_second": "of all processes, since the last entry",
+        "seconds": "time spent in steps, earlier starts included",
+    },
+    "checkpoint": {"step": "steps that it holds", "seconds": "time that writing took"},
+    "result": {"figures": "what was measured of the trained network"},
+}
+
+
 class EventLog:
     """Appends one JSON object a line to ``RUN/logs/rank-NNNNN-WORKER.jsonl``; times live here, never in results.
 
-    Several launches may work on one run, each with a rank 0: ``worker`` tells their files apart.
+    Several launches may work on one run, each with a rank 0: ``worker`` tells their files apart. ``EVENTS`` says what
+    can be found there.
     """
 
     def __init__(self, folder: Path, rank: int, worker: str = "") -> None:

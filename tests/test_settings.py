@@ -12,7 +12,7 @@ from engine.evaluation import EvaluationConfig
 from engine.labels import shipped_lists
 from engine.records import UsageError
 from engine.settings import IDENTITY, RUNTIME, SELECTION, apply_overrides, build, flatten, load, locate, read_yaml
-from engine.training import TrainConfig
+from engine.training_config import TrainConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 

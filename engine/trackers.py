@@ -1,0 +1,104 @@
+"""Figures of a run for TensorBoard and Weights & Biases, by Accelerate's trackers; a tracker never stops a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.records import UsageError
+
+_PROJECT = "retort"
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any one of them will do
+_RUN_ID = "wandb_id.txt"
+
+
+class Trackers:
+    """The trackers that ``key`` names, fed by the first process of a launch alone (``enabled``).
+
+    ``folder`` is RUN/logs: event files of TensorBoard lie in ``folder/tensorboard``, those of wandb in
+    ``folder/wandb``. A run that is resumed goes on in the same place. Raises UsageError for a tracker that does not
+    exist or is not installed; whatever fails afterwards is reported once, and the run goes on without that tracker.
+    """
+
+    def __init__(
+        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, key: str, enabled: bool = True
+    ) -> None:
+        self._open: dict[str, Any] = {}
+        for name in names:
+            _check(name, key)
+        if not enabled or not names:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _calm_logger()
+        for name in dict.fromkeys(names):
+            self._try(name, lambda chosen=name: self._start(chosen, folder, settings))  # type: ignore[misc]
+
+    def _start(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        tracker: Any
+        if name == "tensorboard":
+            tracker = TensorBoardTracker(run_name="tensorboard", logging_dir=str(folder))
+            tracker.main_process_only = False  # a distillation has no process group to ask; see ``enabled``
+            tracker.start()
+            table = "".join(f"    {setting}: {value}\n" for setting, value in settings.items())
+            tracker.tracker.add_text("configuration", table)
+        else:
+            options = {"name": folder.resolve().parent.name, "id": _run_id(folder), "resume": "allow"}
+            tracker = WandBTracker(_PROJECT, dir=str(folder), config=dict(settings), **options)
+            tracker.start()
+        self._open[name] = tracker
+
+    def _try(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever a tracker raises, its network and its disk included
+            self._open.pop(name, None)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"tracker {name} failed ({reason}); the run goes on without it", file=sys.stderr, flush=True)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record named values at a step (training: optimiser steps; distillation: finished slots)."""
+        for name, tracker in list(self._open.items()):
+            self._try(name, lambda it=tracker: it.log(dict(values), step=step))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Write out what is still held."""
+        for name, tracker in list(self._open.items()):
+            self._try(name, tracker.finish)
+        self._open = {}
+
+
+def _check(name: str, key: str) -> None:
+    if name not in _PACKAGES:
+        raise UsageError(f"{key}: {name!r} given; allowed: {', '.join(_PACKAGES)}")
+    if not any(importlib.util.find_spec(package) for package in _PACKAGES[name]):
+        raise UsageError(
+            f"{key}: {name!r} given, but {' or '.join(_PACKAGES[name])} is not installed; "
+            "pip install 'retort-distill[trackers]', or leave it out"
+        )
+
+
+def _calm_logger() -> None:
+    """Give Accelerate's trackers a plain logger: their own raises where no process group was made."""
+    from accelerate import tracking
+    from accelerate.state import PartialState
+
+    if not PartialState._shared_state:
+        tracking.logger = logging.getLogger("accelerate.tracking")
+
+
+def _run_id(folder: Path) -> str:
+    """Return the id under which wandb knows this run, the same at every start."""
+    path = folder / _RUN_ID
+    try:
+        with path.open("x", encoding="ascii") as stream:
+            stream.write(secrets.token_hex(4))
+    except FileExistsError:
+        pass  # the id of an earlier start
+    return path.read_text(encoding="ascii")
