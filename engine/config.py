@@ -126,11 +126,7 @@ class SynthesisConfig:
 class GuidanceConfig:
     """Classifier-free guidance and the interval of noise levels in which it acts."""
 
-    scale: float = key(
-        2.0,
-        "guidance scale; 1 switches guidance off; latent consistency models take it as an input, not as a second row",
-        low=1.0,
-    )
+    scale: float = key(2.0, "guidance scale; 1: off; latent consistency models take it as an input", low=1.0)
     start: float = key(0.0, "guidance acts where t/T is at least this", low=0.0, high=1.0)
     stop: float = key(1.0, "guidance acts where t/T is at most this", low=0.0, high=1.0)
 

@@ -306,7 +306,9 @@ def test_an_empty_file_is_all_defaults(tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path):
     first_word = path.stem.partition("_")[0]
-    config = load({"train": TrainConfig, "evaluate": EvaluationConfig}.get(first_word, RunConfig), path)
+    config = load(
+        {"train": TrainConfig, "finetune": TrainConfig, "evaluate": EvaluationConfig}.get(first_word, RunConfig), path
+    )
     output = config.output.path if isinstance(config, RunConfig) else config.output
     assert output.startswith("runs/")  # the folder that git ignores
 
