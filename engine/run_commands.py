@@ -1,4 +1,7 @@
-"""``retort status``, ``verify``, ``repair`` and ``prune``: arguments, and what is printed. None of them needs torch."""
+"""``retort status``, ``verify``, ``repair``, ``prune`` and ``export``: arguments, and what is printed.
+
+None of them needs torch.
+"""
 
 from __future__ import annotations
 
@@ -78,13 +81,27 @@ def prune(arguments: argparse.Namespace) -> int:
     return COMPLETE
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """Write the images of a selection in another layout and tell where they are."""
+    from engine.cluster import StopWatch
+    from engine.exporting import Export
+
+    stop = StopWatch()
+    stop.listen()
+    work = Export(Path(arguments.run), arguments.selection, arguments.to, Path(arguments.output), stop)
+    written = work.run()
+    print(f"{'exported' if written else 'already there:'} {len(work)} images as {arguments.to}: {arguments.output}")
+    return COMPLETE
+
+
 def add_commands(commands: Any) -> None:
-    """Add the four commands to the subparsers of ``retort``."""
+    """Add the five commands to the subparsers of ``retort``."""
     texts = {
         "status": (status, "how far a run is, who works on it, when it will be done"),
         "verify": (verify, "hash everything that a run holds again; exit status 1 where something is faulty"),
         "repair": (repair, "move what is faulty to RUN/quarantine, so that the same command makes it again"),
         "prune": (prune, "drop the images of the pool that no selection uses; verdicts and features stay"),
+        "export": (export, "write finished shards as an image folder or as parquet; labels keep their index"),
     }
     parsers = {}
     for name, (work, text) in texts.items():
@@ -97,6 +114,10 @@ def add_commands(commands: Any) -> None:
     add("--exit-code", action="store_true", help="exit status 0 where the run is complete, 75 where it is not")
     add("--json", action="store_true", help="one line of JSON")
     parsers["verify"].add_argument("--selection", default="", metavar="NAME", help="of the selections only this one")
+    add = parsers["export"].add_argument
+    add("--to", required=True, choices=("image_folder", "parquet"), help="layout of the export")
+    add("--output", required=True, metavar="FOLDER", help="a folder that is new, empty, or an unfinished export")
+    add("--selection", default="default", metavar="NAME", help="the selection whose shards are exported")
     parsers["prune"].add_argument("--dry-run", action="store_true", help="say how many bytes it would free")
     parsers["prune"].add_argument("--keep-bases", action="store_true", help="keep the base image of every slot")
 

@@ -45,7 +45,10 @@ LAYERS = read_layers()
 ENTRY_SCRIPTS = sorted(name for name, layer in LAYERS.items() if layer == max(LAYERS.values()))
 HELP = {
     "retort": ("-m", "engine.cli", "--help"),
-    **{f"retort_{name}": ("-m", "engine.cli", name, "--help") for name in ("status", "verify", "repair", "prune")},
+    **{
+        f"retort_{name}": ("-m", "engine.cli", name, "--help")
+        for name in ("status", "verify", "repair", "prune", "export")
+    },
     "retort_doctor": ("-m", "engine.cli", "doctor", "--help"),
     "retort_prefetch": ("-m", "engine.cli", "prefetch", "--help"),
     "retort_submit": ("-m", "engine.cli", "submit", "--help"),
