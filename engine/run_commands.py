@@ -1,4 +1,4 @@
-"""``retort status``, ``verify``, ``repair``, ``prune`` and ``report``: arguments, and what is printed.
+"""``retort status``, ``verify``, ``repair``, ``prune``, ``report`` and ``export``: arguments, and what is printed.
 
 None of them needs torch; ``report`` uses it where it is there and something that needs it is missing.
 """
@@ -93,11 +93,11 @@ def report(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run)
     record = read_record(folder)
     configs = dict(selections_of(folder, record))
-    if arguments.name not in configs:
+    if arguments.selection not in configs:
         raise UsageError(
-            f"--name: {arguments.name!r} given; the selections of this run: {', '.join(configs) or 'none so far'}"
+            f"--selection: {arguments.selection!r} given; there are: {', '.join(configs) or 'none so far'}"
         )
-    config = configs[arguments.name]
+    config = configs[arguments.selection]
     stop = StopWatch()
     stop.listen()
     finishing = Finishing(folder, record, config, Leases(folder, config.runtime), stop)
@@ -109,6 +109,19 @@ def report(arguments: argparse.Namespace) -> int:
     return COMPLETE
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """Write the images of a selection in another layout and tell where they are."""
+    from engine.cluster import StopWatch
+    from engine.exporting import Export
+
+    stop = StopWatch()
+    stop.listen()
+    work = Export(Path(arguments.run), arguments.selection, arguments.to, Path(arguments.output), stop)
+    written = work.run()
+    print(f"{'exported' if written else 'already there:'} {len(work)} images as {arguments.to}: {arguments.output}")
+    return COMPLETE
+
+
 def add_commands(commands: Any) -> None:
     """Add the commands to the subparsers of ``retort``."""
     texts = {
@@ -117,6 +130,7 @@ def add_commands(commands: Any) -> None:
         "repair": (repair, "move what is faulty to RUN/quarantine, so that the same command makes it again"),
         "prune": (prune, "drop the images of the pool that no selection uses; verdicts and features stay"),
         "report": (report, "make the page RUN/report/index.html of a finished selection anew"),
+        "export": (export, "write finished shards as an image folder or as parquet; labels keep their index"),
     }
     parsers = {}
     for name, (work, text) in texts.items():
@@ -130,8 +144,12 @@ def add_commands(commands: Any) -> None:
     add("--json", action="store_true", help="one line of JSON")
     parsers["verify"].add_argument("--selection", default="", metavar="NAME", help="of the selections only this one")
     add = parsers["report"].add_argument
-    add("--name", default="default", help="of which selection; default: the run's own")
+    add("--selection", default="default", metavar="NAME", help="the selection that the page is of")
     add("--no-models", action="store_true", help="leave out what needs the detector or real images and is not kept")
+    add = parsers["export"].add_argument
+    add("--to", required=True, choices=("image_folder", "parquet"), help="layout of the export")
+    add("--output", required=True, metavar="FOLDER", help="a folder that is new, empty, or an unfinished export")
+    add("--selection", default="default", metavar="NAME", help="the selection whose shards are exported")
     parsers["prune"].add_argument("--dry-run", action="store_true", help="say how many bytes it would free")
     parsers["prune"].add_argument("--keep-bases", action="store_true", help="keep the base image of every slot")
 

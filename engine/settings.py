@@ -61,6 +61,17 @@ def _type_name(hint: Any) -> str:
     return names.get(hint, "null")
 
 
+def describe_allowed(hint: Any, meta: Mapping[str, Any]) -> str:
+    """Return in words what a key takes, from its annotation and the metadata of :func:`key`."""
+    if meta["choices"]:
+        return ", ".join(meta["choices"])
+    low, high = meta["low"], meta["high"]
+    kind = _type_name(hint)
+    if low is None:
+        return kind
+    return f"{kind}, {low} to {high}" if high is not None else f"{kind}, {low} or more"
+
+
 def _convert(value: Any, hint: Any) -> Any:
     """Return ``value`` as the annotated type, or raise TypeError. Never guesses: 1 is not true."""
     origin = typing.get_origin(hint)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from engine.generation import Producer
 from engine.labels import read_class_list
 from engine.leases import Leases
 from engine.pool import MadeImage
+from engine.publish import canonical_json
 from engine.records import Attempt, AttemptKey, Unit, Verdict
 from engine.refinement import Policy, next_attempts, policy_of
-from engine.run_record import RunRecord
+from engine.run_record import FORMAT, RunRecord
 from engine.settings import build, flatten
 
 CLASS = 1
@@ -150,6 +152,24 @@ def fill_pool(folder, record: RunRecord, config: RunConfig, *, leave_out: int = 
     pool, units = open_pool(folder, record), record.units()
     for unit in units[: len(units) - leave_out]:
         pool.publish(unit, make_unit_images(unit, policy_of(config, selecting=False)))
+
+
+def soft_label_of(key: AttemptKey) -> np.ndarray:
+    """Return a soft label of two classes that belongs to one attempt alone."""
+    return np.array([[key.attempt % 3, (key.attempt + 1) % 3], [1 - key.slot / 32, key.class_index / 128]], np.float16)
+
+
+def make_run(folder, config: RunConfig, record: RunRecord | None = None) -> Finishing:
+    """Finish a run whose record lies on disk, with soft labels where the configuration keeps two classes of them."""
+    record = record or make_record(config)
+    pool, policy = open_pool(folder, record), policy_of(config, selecting=False)
+    for unit in record.units():
+        images = make_unit_images(unit, policy)
+        if config.output.soft_labels:
+            images = [replace(image, soft_label=soft_label_of(image.key)) for image in images]
+        pool.publish(unit, images)
+    (folder / "run.json").write_bytes(canonical_json({"format": FORMAT, **vars(record)}))
+    return finish(folder, record, config)
 
 
 def open_finishing(folder, record: RunRecord, config: RunConfig) -> Finishing:

@@ -47,7 +47,7 @@ HELP = {
     "retort": ("-m", "engine.cli", "--help"),
     **{
         f"retort_{name}": ("-m", "engine.cli", name, "--help")
-        for name in ("status", "verify", "repair", "prune", "report")
+        for name in ("status", "verify", "repair", "prune", "report", "export")
     },
     "retort_doctor": ("-m", "engine.cli", "doctor", "--help"),
     "retort_prefetch": ("-m", "engine.cli", "prefetch", "--help"),

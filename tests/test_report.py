@@ -229,7 +229,7 @@ def test_data_and_detector_of_another_run_are_not_taken(quick, capsys):
 
 def test_another_selection_has_a_page_of_its_own_and_is_compared(quick, capsys):
     assert cli.main(["select", str(quick), "--name", "lenient", "selection.beta=0.5"]) == cli.COMPLETE
-    assert cli.main(["report", str(quick), "--name", "lenient", "--no-models"]) == cli.COMPLETE
+    assert cli.main(["report", str(quick), "--selection", "lenient", "--no-models"]) == cli.COMPLETE
     assert cli.main(["report", str(quick)]) == cli.COMPLETE
     mine = Page(quick / "selections" / "lenient" / "report" / "index.html")
     default = Page(quick / "report" / "index.html")
@@ -240,8 +240,8 @@ def test_another_selection_has_a_page_of_its_own_and_is_compared(quick, capsys):
         assert found.says("mean p(y) of the chosen images")
         assert found.says("lenient 0.5")
     capsys.readouterr()
-    assert cli.main(["report", str(quick), "--name", "strict"]) == cli.UNUSABLE
-    line = "retort: error: --name: 'strict' given; the selections of this run: default, lenient\n"
+    assert cli.main(["report", str(quick), "--selection", "strict"]) == cli.UNUSABLE
+    line = "retort: error: --selection: 'strict' given; there are: default, lenient\n"
     assert capsys.readouterr().err == line
     (quick / "selections" / "lenient" / "COMPLETE").write_text("{}")
     assert cli.main(["report", str(quick), "--no-models"]) == cli.COMPLETE  # a damaged neighbour is no reason

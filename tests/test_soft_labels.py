@@ -18,8 +18,9 @@ from builders import (
     make_config,
     make_keys,
     make_record,
-    make_unit_images,
+    make_run,
     open_detector,
+    soft_label_of,
 )
 from commands import QUICKSTART, retort, sums
 
@@ -28,13 +29,11 @@ from engine.cluster import StopWatch, World
 from engine.config import RunConfig
 from engine.doctor import examine_run
 from engine.findings import Findings
-from engine.finishing import open_pool
 from engine.forecast import dry_run
 from engine.image_making import ImageFormat, ImageMaker
 from engine.machine import Machine
 from engine.publish import canonical_json, digest_bytes
 from engine.records import UsageError, Verdict
-from engine.refinement import policy_of
 from engine.run_record import check_agreement, read_record
 from engine.settings import load
 from engine.soft_labels import (
@@ -265,28 +264,8 @@ def test_datasets_reads_them_by_the_card(runs, tmp_path):
 # ---- pool, selection, records -------------------------------------------------------------------------------
 
 
-def soft_label_of(key):
-    """Return a soft label that belongs to one attempt alone."""
-    return np.array([[key.attempt % 3, (key.attempt + 1) % 3], [1 - key.slot / 32, key.class_index / 128]], np.float16)
-
-
-def fill_soft_pool(folder, record, config):
-    pool = open_pool(folder, record)
-    for unit in record.units():
-        images = make_unit_images(unit, policy_of(config, selecting=False))
-        pool.publish(unit, [replace(image, soft_label=soft_label_of(image.key)) for image in images])
-
-
 def make_soft_config(**sections):
     return make_config(output={"soft_labels": 2}, **sections)
-
-
-def make_run(folder, config):
-    """Finish a run with soft labels, its record on disk, and return what finished it."""
-    record = make_record(config)
-    fill_soft_pool(folder, record, config)
-    (folder / "run.json").write_bytes(canonical_json({"format": 2, **vars(record)}))
-    return finish(folder, record, config)
 
 
 @pytest.mark.parametrize("policy", ["all", "flagged", "waves"])

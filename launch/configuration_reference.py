@@ -1,0 +1,113 @@
+"""Write docs/configuration.md from the typed configuration (a maintainer's tool; not needed to use Retort).
+
+python launch/configuration_reference.py            # after a change of a key; a test fails where the page is stale
+"""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import yaml  # noqa: E402
+
+from engine.backends import BACKENDS  # noqa: E402
+from engine.config import RunConfig  # noqa: E402
+from engine.evaluation import EvaluationConfig  # noqa: E402
+from engine.readers import READERS  # noqa: E402
+from engine.settings import describe_allowed  # noqa: E402
+from engine.training import TrainConfig  # noqa: E402
+
+PAGE = ROOT / "docs" / "configuration.md"
+ALLOWED = {  # what the types of these keys do not tell
+    "data.format": ", ".join(READERS),
+    "generator.backend": ", ".join(BACKENDS),
+    "synthesis.rows": "auto, or a whole number, 2 or more",
+}
+PARTS = (
+    (RunConfig, "Distillation", "`engine/distill.py`, `retort doctor`, `retort prefetch`, `retort submit`"),
+    (
+        TrainConfig,
+        "Training of generator, detector and judge",
+        "`engine/train_generator.py`, `engine/train_detector.py`",
+    ),
+    (EvaluationConfig, "Students", "`engine/evaluate_student.py`"),
+)
+HEAD = """# Configuration
+
+Written by `python launch/configuration_reference.py` from the typed configuration; a test fails where this page and
+the code disagree. Files in `configs/` are YAML: a mapping of sections, each a mapping of keys. Every key can also be
+given on the command line as `section.key=value`, where the value is read as YAML (`data.classes=[cat,dog]`,
+`selection.beta=null`). An unknown key, a wrong type or a value out of range is refused with one line that says what is
+allowed.
+
+Each key has a class:
+
+* **identity** decides what is made. A start that finds another value in `RUN/run.json` is refused, naming the key.
+* **selection** decides what is chosen from what was made: `retort select RUN --name NAME selection.key=value`.
+* **runtime** is free at every start, and changes no byte of a distilled set.
+"""
+
+
+def show(value: object) -> str:
+    """Return a default as it is written in YAML."""
+    if value in ("", ()):
+        return "empty"
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True).strip().removesuffix("...").strip()
+    return f"`{text}`"
+
+
+def cell(text: str) -> str:
+    """Return a text as a cell of a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def table(cls: type, prefix: str) -> Iterator[str]:
+    """Yield the lines of the table of the keys, not the sections, of a dataclass."""
+    yield from ("| key | default | allowed | class | meaning |", "|---|---|---|---|---|")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(hints[field.name]):
+            name = f"{prefix}{field.name}"
+            allowed = ALLOWED.get(name) or describe_allowed(hints[field.name], field.metadata)
+            meta = field.metadata
+            yield f"| `{name}` | {show(field.default)} | {cell(allowed)} | {meta['kind']} | {cell(meta['help'])} |"
+
+
+def chapter(cls: type, title: str, used_by: str, seen: dict[type, str]) -> Iterator[str]:
+    """Yield the lines of one configuration; a section that an earlier one has too is only named."""
+    yield from ("", f"## {title}", "", f"Read by {used_by}.", "")
+    hints = typing.get_type_hints(cls)
+    sections = [field.name for field in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[field.name])]
+    if len(sections) < len(dataclasses.fields(cls)):
+        yield from table(cls, "")
+    for name in sections:
+        kind = hints[name]
+        yield from ("", f"### `{name}`", "")
+        if kind in seen:
+            yield f"The same keys as [{seen[kind]}](#{seen[kind]})."
+            continue
+        seen[kind] = name
+        yield from (" ".join((kind.__doc__ or "").replace("``", "`").split()), "")
+        yield from table(kind, f"{name}.")
+
+
+def render() -> str:
+    """Return the whole page."""
+    seen: dict[type, str] = {}
+    lines = [line for part in PARTS for line in chapter(*part, seen)]
+    shipped = []
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        comment = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        shipped.append(f"| [`{path.name}`](../configs/{path.name}) | {cell(comment)} |")
+    tail = ["", "## Configurations that ship", "", "| file | what it is |", "|---|---|", *shipped]
+    return HEAD + "\n".join([*lines, *tail]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
