@@ -50,7 +50,9 @@ class EvaluationConfig:
     split: str = key("test", "real split that is scored; choose options on 'validation', read 'test' once")
     image_size: int = key(32, "pixels of a side", low=4)
     channels: int = key(1, "1 grey, 3 RGB", low=1, high=3)
-    real_figures: int = key(200, "real training images per class that coverage and Frechet distance look at", low=2)
+    real_figures: int = key(
+        200, "real training images per class, at most, that coverage and Frechet distance look at", low=2
+    )
     data: DataConfig = section(DataConfig)
     student: StudentConfig = section(StudentConfig)
     teacher: JudgeConfig = section(JudgeConfig)
@@ -178,7 +180,8 @@ class Evaluation:
         return {"accuracy": accuracies[-1], "best": max(accuracies)}
 
     def _real_features(self) -> tuple[np.ndarray, np.ndarray]:
-        real = draw_random(self._train, self._config.real_figures, seed=0)
+        fewest = min(self._train.count(index) for index in range(len(self._train.class_names)))
+        real = draw_random(self._train, min(self._config.real_figures, fewest), seed=0)
         return self._judge().classify(real.images)[1], real.labels
 
     def _measure(self, made: LabelledSet) -> dict[str, Any]:
