@@ -17,15 +17,27 @@ def line_plot(
     *,
     log_y: bool = False,
     level: float | None = None,
+    bars: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
-    """Return an SVG of ``lines`` {name: [(x, y)]} over a logarithmic x; ``level`` draws a dashed line at one y."""
+    """Return an SVG of ``lines`` {name: [(x, y)]}; ``level`` draws a dashed line at one y.
+
+    x is logarithmic where its values span a factor of five or more, all above 0. ``bars`` {name: [half]} are the half
+    heights of error bars, one a point; y then need not begin at 0.
+    """
     points = [point for line in lines.values() for point in line]
     xs = sorted({x for x, _ in points})
+    log_x = xs[0] > 0 and xs[-1] >= 5 * xs[0]
     ys = [y for _, y in points] + ([level] if level is not None else [])
     low, high = (min(ys) / 1.2, max(ys) * 1.2) if log_y else (min(0.0, *ys), max(ys) * 1.05)
+    if bars is not None:
+        ends = [y + sign * half for name, line in lines.items() for (_, y), half in zip(line, bars[name], strict=True)
+                for sign in (-1, 1)]  # fmt: skip
+        margin = 0.1 * (max(ends) - min(ends)) or 1.0
+        low, high = min(ends) - margin, max(ends) + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right = math.log(x / xs[0]) / math.log(xs[-1] / xs[0]) if len(xs) > 1 else 0.5
+        along = math.log(x / xs[0]) / math.log(xs[-1] / xs[0]) if log_x else (x - xs[0]) / ((xs[-1] - xs[0]) or 1.0)
+        right = along if len(xs) > 1 else 0.5
         height = math.log(y / low) / math.log(high / low) if log_y else (y - low) / (high - low)
         return round(_LEFT + right * _PLOT_WIDTH, 1), round(_TOP + (1 - height) * _PLOT_HEIGHT, 1)
 
@@ -56,6 +68,11 @@ def line_plot(
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in line))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in (place(*point) for point in line)]
+        for (x, y), half in zip(line, (bars or {}).get(name, ()), strict=False):
+            left, (top, bottom_end) = place(x, y)[0], (place(x, y + half)[1], place(x, y - half)[1])
+            parts.append(
+                f'<line x1="{left}" y1="{top}" x2="{left}" y2="{bottom_end}" stroke="{colour}" opacity="0.5"/>'
+            )
         top = _TOP + 14 + 20 * i
         left = _LEFT + _PLOT_WIDTH + 16
         parts.append(f'<path d="M{left} {top - 4}h20" stroke="{colour}" stroke-width="2"/>')

@@ -140,6 +140,9 @@ def report(tables: dict[str, dict[int, dict[str, Any]]], rows: dict[str, str], h
 def draw(title: str, found: dict[int, dict[str, Any]], axes: dict[str, dict[str, float]]) -> dict[str, str]:
     """Return plots as SVG by name: accuracy of one student over the images per class, or over each of ``axes``."""
     means = {(ipc, row["name"]): 100 * row["mean"] for ipc, table in found.items() for row in table["rows"]}
+    halves = {
+        (ipc, row["name"]): 100 * (row.get("interval") or 0.0) for ipc, table in found.items() for row in table["rows"]
+    }
     if not axes:
         names = dict.fromkeys(name for _, name in means)
         lines = {name: [(ipc, means[ipc, name]) for ipc in found] for name in names}
@@ -147,7 +150,8 @@ def draw(title: str, found: dict[int, dict[str, Any]], axes: dict[str, dict[str,
     plots = {}
     for axis, values in axes.items():
         lines = {f"{ipc} per class": [(x, means[ipc, name]) for name, x in values.items()] for ipc in found}
-        plots[f"_{axis}"] = line_plot(title, axis, "accuracy, %", lines)
+        bars = {f"{ipc} per class": [halves[ipc, name] for name in values] for ipc in found}
+        plots[f"_{axis}"] = line_plot(title, axis, "accuracy, %", lines, bars=bars)
     return plots
 
 

@@ -99,10 +99,11 @@ def test_a_parameter_is_drawn_over_its_values():
         ipc: {"rows": [{"name": name, "mean": mean} for name, mean in (("low", 0.1 * ipc), ("high", 0.2 * ipc))]}
         for ipc in (1, 2)
     }
-    plots = quality.draw("T", found, {"beta": {"low": 0.5, "high": 0.9}})
+    plots = quality.draw("T", found, {"beta": {"low": 0.0, "high": 0.9}})
     assert list(plots) == ["_beta"]
     assert plots["_beta"].count("<polyline") == 2
-    assert ">0.5<" in plots["_beta"]
+    assert ">0.9<" in plots["_beta"]
+    assert plots["_beta"].count('opacity="0.5"') == 4  # the 95 % interval of each point
 
 
 def test_a_command_that_fails_ends_the_study(tmp_path):
