@@ -198,8 +198,8 @@ def _add_plane(asked: Asked, sources: Sources, found: Evidence) -> str:
         return sources.no_data or sources.no_classifier
     rows, labels = [], []
     for index, images in _some_real_images(data, asked.classes, asked.check):
-        images = np.stack([imaging.fit(image, asked.image_size, "resize") for image in images])
-        rows.append(classifier.classify(images)[1])
+        fitted = np.stack([imaging.fit(image, asked.image_size, "resize") for image in images])
+        rows.append(classifier.classify(fitted)[1])
         labels += [index] * len(images)
     if not rows:
         return "no real image could be read"
