@@ -151,6 +151,7 @@ class Asked:
     classes: int
     views: list[SlotView]  # every slot that may be shown
     side: int  # pixels of a thumbnail
+    image_size: int  # pixels of a side of the run's images: what the detector is known to judge
     read_image: Callable[[SlotView, int], bytes]  # encoded image of an attempt; raises UsageError where it is dropped
     check: Callable[[], None]  # called between images
 
@@ -197,7 +198,8 @@ def _add_plane(asked: Asked, sources: Sources, found: Evidence) -> str:
         return sources.no_data or sources.no_classifier
     rows, labels = [], []
     for index, images in _some_real_images(data, asked.classes, asked.check):
-        rows.append(classifier.classify(images)[1])
+        fitted = np.stack([imaging.fit(image, asked.image_size, "resize") for image in images])
+        rows.append(classifier.classify(fitted)[1])
         labels += [index] * len(images)
     if not rows:
         return "no real image could be read"

@@ -110,6 +110,7 @@ class ReportPage:
             classes=len(facts.classes),
             views=in_turns(facts.classes),
             side=self._side,
+            image_size=int(self._record.decisions["image_size"]),
             read_image=self._read_image,
             check=self._stop.check,
         )
