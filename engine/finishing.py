@@ -22,7 +22,7 @@ from engine.prototype_files import read_prototypes
 from engine.publish import content_of, digest_bytes, publish_json, publish_same, read_json, staged_file, sweep_staged
 from engine.records import Attempt, Choice, Unit, UsageError
 from engine.refinement import policy_of
-from engine.run_record import RunRecord, reconfigure
+from engine.run_record import LATER_KEYS, RunRecord, reconfigure
 from engine.selection import Rule, choose_for_class
 from engine.settings import SELECTION, flatten
 from engine.shards import ShardSet, data_card, is_complete, publish_index, publish_shard, shard_lengths, shard_name
@@ -338,10 +338,11 @@ class Finishing:
         """Return what decides the bytes of this data set; generation.beta and top_k only bound the selection's."""
         sections = ("prototypes.", "synthesis.", "guidance.", "generation.")
         left_out = ("generation.beta", "generation.top_k", "generation.unit_slots")
-        settings = {k: v for k, v in self._record.config.items() if k.startswith(sections) and k not in left_out}
+        config = self._record.config
+        settings = {k: v for k, v in config.items() if k.startswith(sections) and k not in (*left_out, *LATER_KEYS)}
         settings.update(selection_settings(self._config))
         settings.update({f"{name} sha256": digest for name, digest in self._record.digests.items()})
-        settings["seed"] = self._record.config["seed"]
-        if self._config.output.soft_labels:
-            settings["output.soft_labels"] = self._config.output.soft_labels
+        settings["seed"] = config["seed"]
+        # at the value that says what was done before they existed, they would change the card of older runs
+        settings.update({k: v for k, v in config.items() if k in LATER_KEYS and v != LATER_KEYS[k]})
         return settings

@@ -25,7 +25,7 @@ from engine.workplan import plan_units
 RUN_FILE = "run.json"
 FORMAT = 2
 _PACKAGES = ("torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
-_LATER_KEYS = {  # identity keys that came after format 2: what every run did before
+LATER_KEYS = {  # identity keys that came after format 2: what every run did before
     "output.soft_labels": 0,
     "prototypes.real_features": 0,
     "detector.temperature": 1.0,
@@ -60,7 +60,7 @@ class RunRecord:
         The plan is not in it: later starts take it from the record and never compute it again.
         """
         identity_keys = flatten(build(RunConfig, nested(self.config)), (IDENTITY,))
-        config = {**_LATER_KEYS, **self.config}
+        config = {**LATER_KEYS, **self.config}
         flat = {key: config[key] for key in identity_keys}
         flat["class list"] = list(self.class_names)
         flat["wnids"] = list(self.wnids)
@@ -75,7 +75,7 @@ class RunRecord:
         is the same run, and none of its bytes change.
         """
         identity = self.identity()
-        counted = {k: v for k, v in identity.items() if k not in _LATER_KEYS or v != _LATER_KEYS[k]}
+        counted = {k: v for k, v in identity.items() if k not in LATER_KEYS or v != LATER_KEYS[k]}
         return digest_bytes(canonical_json(counted))
 
 
