@@ -124,7 +124,7 @@ class Study:
         command = ["engine/evaluate_student.py", "--config", str(path), *self._data, *self._plan.students[student]]
         self._call([*command, "--output", str(output)], self._jobs)
         table: dict[str, Any] = json.loads((output / "table.json").read_text())
-        return table, shlex.join(["python", *command, f'sets=["{sets[0]}"]', "--output", "AGAIN"])
+        return table, shlex.join(["python", *command, "deciding=[]", f'sets=["{sets[0]}"]', "--output", "AGAIN"])
 
 
 def report(tables: dict[str, dict[int, dict[str, Any]]], rows: dict[str, str], head: list[str]) -> str:

@@ -189,11 +189,15 @@ class Job:
 
         progress = self._progress("images", total, "slots", slots_done())
 
-        begin = time.perf_counter()
+        begin = told = time.perf_counter()
 
-        def tell(finished: int) -> None:
-            if parts and self.clock.counts["images"]:
-                self._tell(finished, total, time.perf_counter() - begin, parts[1].counts.occupancy)
+        def tell(finished: int, *, final: bool = False) -> None:
+            nonlocal told
+            now = time.perf_counter()
+            due = final or now - told >= self._config.runtime.progress_seconds  # a terminal is shown more often
+            if parts and self.clock.counts["images"] and due:
+                told = now
+                self._tell(finished, total, now - begin, parts[1].counts.occupancy)
 
         def between_steps() -> None:
             self._stop.check()
@@ -217,7 +221,7 @@ class Job:
                     raise self._out_of_memory() from error
         if parts:
             self._note_loop(*parts[1:])
-            tell(slots_done())
+            tell(slots_done(), final=True)
         progress.show(total, f"{self.clock.counts['images']} images made by this process", final=True)
 
     def _tell(self, slots: int, total: int, seconds: float, occupancy: float) -> None:
@@ -266,11 +270,14 @@ class Job:
             self._note_choices()
 
     def _note_choices(self) -> None:
-        choices = [placed.choice for placed in self.finishing.placed()]
-        share = round(sum(choice.qualified for choice in choices) / len(choices), 4)
-        refined = sum(choice.attempt > 0 for choice in choices)
-        self._log.write("chosen", slots=len(choices), refined=refined, qualified_share=share)
-        self.trackers.log({"chosen/refined": refined, "chosen/qualified_share": share}, step=len(choices))
+        slots = refined = qualified = 0
+        for placed in self.finishing.choices():  # one by one: a selection may have a million
+            slots += 1
+            refined += placed.choice.attempt > 0
+            qualified += placed.choice.qualified
+        share = round(qualified / slots, 4)
+        self._log.write("chosen", slots=slots, refined=refined, qualified_share=share)
+        self.trackers.log({"chosen/refined": refined, "chosen/qualified_share": share}, step=slots)
 
     def write_report(self) -> None:
         """Write page, contact sheet and summary and print what came out, or wait for the process that does."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.publish import publish_bytes
 from engine.records import UsageError
 
 _PROJECT = "retort"
@@ -96,9 +97,6 @@ def _calm_logger() -> None:
 def _run_id(folder: Path) -> str:
     """Return the id under which wandb knows this run, the same at every start."""
     path = folder / _RUN_ID
-    try:
-        with path.open("x", encoding="ascii") as stream:
-            stream.write(secrets.token_hex(4))
-    except FileExistsError:
-        pass  # the id of an earlier start
+    if not path.exists():  # of two launches that begin together, the first to publish gives the id to both
+        publish_bytes(path, secrets.token_hex(4).encode())
     return path.read_text(encoding="ascii")

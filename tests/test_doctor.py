@@ -140,6 +140,15 @@ def quickstart(examine, tmp_path):
     return lambda *overrides: examine(QUICKSTART, "--output", tmp_path / "run", *overrides)
 
 
+def test_a_second_detector_is_looked_at_as_the_first(quickstart, tmp_path):
+    outcome = quickstart("second_detector.path=embedded:judge")
+    assert outcome.status == 0, outcome.faults
+    assert outcome.of("second_detector")[0].endswith("knows 10 classes, the data's in the same order")
+    absent = quickstart(f"second_detector.path={tmp_path / 'absent'}")
+    assert absent.status == 2
+    assert [topic for topic, text in absent.faults if "second_detector.path" in text] == ["second_detector"]
+
+
 # --- as a user runs them
 
 

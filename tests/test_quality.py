@@ -1,7 +1,10 @@
 """The quality benchmark: which commands a plan means, that it resumes, and what its report says."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +12,7 @@ from commands import ROOT
 
 from benchmarks import quality
 from engine.evaluation import EvaluationConfig
-from engine.settings import build
+from engine.settings import apply_overrides, build
 
 PLANS = sorted((ROOT / "benchmarks").glob("quality_*.yaml"))
 TINY = {
@@ -87,6 +90,8 @@ def test_a_plan_becomes_runs_selections_and_comparisons_and_resumes(tmp_path, mo
     assert json.loads(out.splitlines()[-1])["tables"]["ConvNet"]["10"]["rows"][1]["mean"] == 0.6
     assert "## ConvNet, 10 per class" in out
     assert "The first row again: `python engine/evaluate_student.py --config" in out
+    (row,) = re.findall(r"first row again: `python engine/evaluate_student.py --config (\S+) (.*) --output AGAIN`", out)
+    build(EvaluationConfig, apply_overrides(yaml.safe_load(Path(row[0]).read_text()), shlex.split(row[1])))
     assert "<polyline" in next(work.glob("tiny_*_ConvNet.svg")).read_text()
     calls.clear()
     run(tmp_path, monkeypatch, capsys, "--ipc", "1,10", "--students", "ConvNet", "data.workers=1")

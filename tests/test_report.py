@@ -18,7 +18,7 @@ from synthetic_run import create_run
 from engine import cli
 from engine.publish import canonical_json
 from engine.records import StopRequested
-from engine.report import gallery, page
+from engine.report import gallery, page, plots
 from engine.report.history import History, rates_of, read_history
 from engine.run_record import FORMAT, RUN_FILE
 
@@ -402,3 +402,10 @@ def test_a_class_is_found_by_typing_and_one_is_lit_on_the_map(thousand, browser)
     browser.evaluate("one.value = '1', one.dispatchEvent(new Event('change'))")
     lit = browser.evaluate("[...document.querySelectorAll('.map .lit')].map((e) => e.dataset.class)")
     assert set(lit) == {"1"}
+
+
+def test_a_histogram_has_no_line_where_every_class_has_its_own_beta():
+    drawn = {beta: plots.histogram([1, 2], [0, 1], top=3, beta=beta, described="x") for beta in (0.5, None)}
+    assert "β = 0.5" in drawn[0.5]
+    assert "β" not in drawn[None]
+    assert drawn[None].count("<rect") == drawn[0.5].count("<rect") == 3

@@ -1,10 +1,12 @@
 """Students: their networks, their augmentation, both protocols, and what each source of labels teaches."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from engine import augmentation, students
@@ -197,3 +199,29 @@ def test_a_set_smaller_than_the_batch_and_every_image_in_every_epoch(monkeypatch
     shown = torch.cat(seen).numpy()  # 48 images: each of the 20 twice, 8 a third time
     counts = sorted(sum(np.array_equal(image, one) for one in shown) for image in some.images)
     assert counts == [2] * 12 + [3] * 8
+
+
+def test_a_compiled_student_is_the_eager_one_and_the_next_begins_anew(monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    students._compiled.cache_clear()
+    # tracing as always, without a C++ compiler's half a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    images, labels = make_set()
+    outputs = {}
+    for compiled in (False, True):
+        for seed in (0, 1):
+            options = build(students.StudentConfig, {"width": 8, "steps": 8, "batch": 16, "compile": compiled})
+            student, normalise = students.train_student(options, images, labels, num_classes=2, seed=seed, device="cpu")
+            with torch.inference_mode():
+                outputs[compiled, seed] = student(normalise.apply(torch.from_numpy(images))).clone()
+            share = students.accuracy(student, normalise, images[:37], labels[:37])
+            found = (outputs[compiled, seed].argmax(1).numpy() == labels)[:37]
+            assert share == pytest.approx(found.mean())  # whatever its last batch was filled up with
+    for seed in (0, 1):
+        torch.testing.assert_close(outputs[True, seed], outputs[False, seed], rtol=1e-3, atol=1e-3)
+    assert (outputs[True, 0] - outputs[True, 1]).abs().max() > 0.01
+    # one for training, one for each shape of this test in evaluation; none again for the second student
+    assert counters["stats"]["unique_graphs"] == 3
+    torch._dynamo.reset()
+    students._compiled.cache_clear()

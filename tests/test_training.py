@@ -32,6 +32,9 @@ def test_a_short_detector_training_beats_chance_by_forty_points(tmp_path, proces
     assert made["processes"] == processes
     assert made["figures"]["validation_accuracy"] > 0.5  # chance is 0.1
     assert made["training_images"] == 4000
+    errors = [made["figures"][f"validation_calibration_error{which}"] for which in ("", "_calibrated")]
+    assert errors[1] <= errors[0]
+    assert 0.2 < made["figures"]["calibrated_temperature"] < 3.0
     assert "engine/train_detector.py" in made["command"]
     classifier = open_detector(64, tmp_path)
     test = open_data(DataConfig(), "test", 32, 1)

@@ -5,11 +5,11 @@ The folder is the layout of diffusers (unet, vae, text_encoder, tokenizer, sched
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from engine.backends.folders import ModelFolder, weight_files
+from engine.backends.folders import ModelFolder
 from engine.backends.prompts import TextReader
 from engine.backends.text_unet import TextUNet
 from engine.config import GeneratorConfig, KernelConfig
@@ -20,6 +20,8 @@ _PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder"
 
 class StableDiffusion(TextUNet):
     """The adapter; see :class:`engine.backends.interface.Backend` for every member."""
+
+    encoders: ClassVar = {"text_encoder": "tokenizer"}
 
     def __init__(self, config: GeneratorConfig, kernels: KernelConfig, folder: ModelFolder) -> None:
         folder.index(_PARTS)
@@ -35,24 +37,6 @@ class StableDiffusion(TextUNet):
         # what diffusers' Stable Diffusion pipelines force on every checkpoint
         self.schedule = folder.schedule(clip_sample=False, steps_offset=1)
         self.digest = folder.digest(self.files(config))
-
-    @classmethod
-    def files(cls, config: GeneratorConfig) -> tuple[str, ...]:
-        """Return patterns of the files that are needed of a hub repository."""
-        variant = config.variant
-        return (
-            "model_index.json",
-            "scheduler/*.json",
-            "tokenizer/*",
-            *weight_files("unet", "diffusion_pytorch_model", variant),
-            *weight_files("vae", "diffusion_pytorch_model", variant),
-            *weight_files("text_encoder", "model", variant),
-        )
-
-    @classmethod
-    def open(cls, config: GeneratorConfig, kernels: KernelConfig, device: str) -> StableDiffusion:
-        """Load a Stable Diffusion folder or hub repository."""
-        return cls(config, kernels, ModelFolder.find(config, cls.files(config), device))
 
     def _read_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         (states,) = self._text.read(prompts, self._text_width, lambda output: (output[0],))

@@ -7,12 +7,12 @@ The engine asks for images as the model knows uncropped ones of the size that is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from engine.backends.folders import ModelFolder, weight_files
+from engine.backends.folders import ModelFolder
 from engine.backends.prompts import TextReader
 from engine.backends.text_unet import TextUNet
 from engine.config import GeneratorConfig, KernelConfig
@@ -30,6 +30,8 @@ _SIZES = 6  # numbers that tell original size, crop and target size
 class StableDiffusionXL(TextUNet):
     """The adapter; see :class:`engine.backends.interface.Backend` for every member."""
 
+    encoders: ClassVar = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
     def __init__(self, config: GeneratorConfig, kernels: KernelConfig, folder: ModelFolder) -> None:
         index = folder.index(_PARTS)
         super().__init__(config, kernels, folder)
@@ -41,33 +43,12 @@ class StableDiffusionXL(TextUNet):
         self.schedule = folder.schedule(clip_sample=False)
         self._zeros_if_empty = bool(index.get("force_zeros_for_empty_prompt", True))
         self._texts = [
-            TextReader(folder, tokenizer, encoder, _PARTS[encoder])
-            for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+            TextReader(folder, tokenizer, encoder, _PARTS[encoder]) for encoder, tokenizer in self.encoders.items()
         ]
         self._set_texts(self._text_shapes())
         side = float(self.image_size)
         self._sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]], dtype=self.dtype, device=folder.device)
         self.digest = folder.digest(self.files(config))
-
-    @classmethod
-    def files(cls, config: GeneratorConfig) -> tuple[str, ...]:
-        """Return patterns of the files that are needed of a hub repository."""
-        variant = config.variant
-        return (
-            "model_index.json",
-            "scheduler/*.json",
-            "tokenizer/*",
-            "tokenizer_2/*",
-            *weight_files("unet", "diffusion_pytorch_model", variant),
-            *weight_files("vae", "diffusion_pytorch_model", variant),
-            *weight_files("text_encoder", "model", variant),
-            *weight_files("text_encoder_2", "model", variant),
-        )
-
-    @classmethod
-    def open(cls, config: GeneratorConfig, kernels: KernelConfig, device: str) -> StableDiffusionXL:
-        """Load an SDXL folder or hub repository."""
-        return cls(config, kernels, ModelFolder.find(config, cls.files(config), device))
 
     def _upcasts_vae(self) -> bool:
         """Tell whether the autoencoder asks for float32, as that of SDXL does: it overflows in fp16."""

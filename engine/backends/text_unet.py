@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from engine.backends.folders import ModelFolder
+from engine.backends.folders import ModelFolder, weight_files
 from engine.backends.latent_diffusion import LatentDiffusion
 from engine.backends.prompts import class_prompts
 from engine.config import GeneratorConfig, KernelConfig
@@ -64,6 +64,25 @@ class TextUNet(LatentDiffusion):
 
     See :class:`engine.backends.interface.Backend` for every member.
     """
+
+    encoders: ClassVar[dict[str, str]]  # folder of each text encoder -> folder of its tokenizer
+
+    @classmethod
+    def files(cls, config: GeneratorConfig) -> tuple[str, ...]:
+        """Return patterns of the files that are needed of a hub repository."""
+        networks = {
+            "unet": "diffusion_pytorch_model",
+            "vae": "diffusion_pytorch_model",
+            **dict.fromkeys(cls.encoders, "model"),
+        }
+        weights = [name for part, stem in networks.items() for name in weight_files(part, stem, config.variant)]
+        tokenizers = [f"{tokenizer}/*" for tokenizer in cls.encoders.values()]
+        return ("model_index.json", "scheduler/*.json", *tokenizers, *weights)
+
+    @classmethod
+    def open(cls, config: GeneratorConfig, kernels: KernelConfig, device: str) -> Self:
+        """Load a folder or hub repository; raises UsageError where it cannot be used."""
+        return cls(config, kernels, ModelFolder.find(config, cls.files(config), device))
 
     def __init__(self, config: GeneratorConfig, kernels: KernelConfig, folder: ModelFolder) -> None:
         from diffusers import UNet2DConditionModel
