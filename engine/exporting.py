@@ -124,8 +124,8 @@ class Export:
             card = self._make_card()
             publish_same(self._folder / "README.md", card)
             self._note(sums.stream, "README.md", digest_bytes(card))
-            for place in [self._folder, *(path for path in self._folder.rglob("*") if path.is_dir())]:
-                sweep_staged(place)
+        for place in [self._folder, *(path for path in self._folder.rglob("*") if path.is_dir())]:
+            sweep_staged(place)
         return True
 
     def _claim(self, mark: dict[str, Any]) -> None:

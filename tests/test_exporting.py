@@ -240,8 +240,9 @@ def test_leftovers_of_a_killed_export_are_swept(run, tmp_path):
     export(run, "image_folder", tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "SHA256SUMS").unlink()
-    stray = next((tmp_path / "out" / "train").rglob("*.png"))
-    stray.with_name(f".{stray.name}.host.1.abcd.tmp").write_bytes(b"half")
+    image = next((tmp_path / "out" / "train").rglob("*.png"))
+    for target in [image, tmp_path / "out" / "SHA256SUMS", tmp_path / "out" / "samples.jsonl"]:
+        target.with_name(f".{target.name}.host.1.abcd.tmp").write_bytes(b"half")
     assert export(run, "image_folder", tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
